@@ -1,0 +1,2 @@
+//! Exports: how clients reach a node.
+pub mod nbd;

@@ -1,0 +1,2 @@
+//! Format drivers: they translate guest offsets, the engine transfers.
+pub mod qcow2;

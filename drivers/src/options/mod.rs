@@ -1,0 +1,1 @@
+//! The typed option tree.

@@ -1,0 +1,2 @@
+//! The Ringblock program.
+fn main() {}
