@@ -1,1 +1,5 @@
-//! To be described.
+//! The Ringblock engine: cores, rings, epochs, the block graph and the request path.
+
+pub mod error;
+
+pub use error::{Errno, Error, ErrorClass};
