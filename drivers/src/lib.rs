@@ -1,5 +1,5 @@
 //! Drivers of the block graph: protocols, formats, filters, and the exports on top.
 #![forbid(unsafe_code)]
-pub mod format;
 pub mod export;
+pub mod format;
 pub mod options;

@@ -1,0 +1,69 @@
+//! Making two programs' texts comparable: names, times and rates differ legitimately, all else must not.
+
+use crate::tools::Output;
+
+/// The names under which a program may announce itself in front of a message.
+const PREFIXES: [&str; 6] = [
+    "qemu-img",
+    "qemu-io",
+    "qemu-storage-daemon",
+    "ringblock img",
+    "ringblock io",
+    "ringblock serve",
+];
+
+/// Replaces the program's own name at the start of a message, and in a pointer to its help.
+pub fn program(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let mut line = line.to_string();
+        for prefix in PREFIXES {
+            if let Some(rest) = line.strip_prefix(prefix).filter(|r| r.starts_with([':', ' '])) {
+                line = format!("PROGRAM{rest}");
+            }
+            line = line.replace(&format!("Try '{prefix}"), "Try 'PROGRAM");
+        }
+        lines.push(line);
+    }
+    lines.join("\n")
+}
+
+/// Replaces what qemu-io measures: seconds, rates.
+pub fn rates(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        match line.find(" ops; ") {
+            Some(at) => lines.push(format!("{} ops; TIME", &line[..at])),
+            None => lines.push(line.to_string()),
+        }
+    }
+    lines.join("\n")
+}
+
+/// Replaces the space an image takes on the host, which depends on the allocator's layout.
+pub fn disk_size(text: &str) -> String {
+    let mut lines = Vec::new();
+    for line in text.lines() {
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let word = line.trim_start();
+        if word.starts_with("disk size: ") {
+            lines.push(format!("{indent}disk size: N"));
+        } else if word.starts_with("\"actual-size\": ") {
+            lines.push(format!(
+                "{indent}\"actual-size\": N{}",
+                if word.ends_with(',') { "," } else { "" }
+            ));
+        } else if word.starts_with("file length: ") {
+            lines.push(format!("{indent}file length: N"));
+        } else {
+            lines.push(line.to_string());
+        }
+    }
+    lines.join("\n")
+}
+
+/// An output with everything replaced that may differ: exit code, standard output and standard error.
+pub fn output(out: &Output) -> (i32, String, String) {
+    let clean = |text: &str| rates(&program(text));
+    (out.code, clean(&out.stdout), clean(&out.stderr))
+}
