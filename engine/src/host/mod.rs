@@ -1,0 +1,3 @@
+//! Hosts: where bytes, clocks and descriptors come from.
+
+pub mod linux;
