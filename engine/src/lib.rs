@@ -2,5 +2,6 @@
 
 pub mod error;
 pub mod host;
+pub mod units;
 
 pub use error::{Errno, Error, ErrorClass};
