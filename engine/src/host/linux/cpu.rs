@@ -1,45 +1,44 @@
 //! CPUs, time spent and memory held by this process.
 
 use super::sys::check;
-use crate::error::{Errno, Error};
+use crate::error::Errno;
 use std::time::Duration;
 
 /// The largest CPU number handled (the size of the kernel's default set).
 const MAX_CPU: usize = libc::CPU_SETSIZE as usize;
 
-/// The CPUs this process may run on, ascending. Never empty.
-pub fn allowed_cpus() -> Vec<usize> {
+/// The CPUs this process may run on, ascending; never empty.
+///
+/// `EINVAL` on a machine with more CPUs than the kernel's default set holds.
+pub fn allowed() -> Result<Vec<usize>, Errno> {
     // SAFETY: cpu_set_t is a plain bit array, for which all zeroes is a valid value.
     let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
     // SAFETY: the kernel writes at most the size told into `set`, which lives across the call.
-    let res = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
+    check(unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) })?;
     // SAFETY: `cpu` is below CPU_SETSIZE, so the bit is inside the set.
     let cpus: Vec<usize> = (0..MAX_CPU)
-        .filter(|&cpu| res == 0 && unsafe { libc::CPU_ISSET(cpu, &set) })
+        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
         .collect();
     if cpus.is_empty() {
-        // More CPUs than the set holds: count them and let the scheduler place the threads.
-        return (0..std::thread::available_parallelism().map_or(1, usize::from)).collect();
+        Err(Errno::EINVAL)
+    } else {
+        Ok(cpus)
     }
-    cpus
 }
 
-/// Pins the calling thread to one CPU.
-pub fn pin_current_thread(cpu: usize) -> Result<(), Error> {
-    let failed = |e: Errno| Error::io(e, format!("Could not pin a thread to CPU {cpu}"));
+/// Pins the calling thread to one CPU. `EINVAL` if there is no such CPU or it is not allowed.
+pub fn pin(cpu: usize) -> Result<(), Errno> {
     if cpu >= MAX_CPU {
-        return Err(failed(Errno::EINVAL));
+        return Err(Errno::EINVAL);
     }
-    // SAFETY: as in `allowed_cpus`; `cpu` is below CPU_SETSIZE.
+    // SAFETY: as in `allowed`; `cpu` is below CPU_SETSIZE.
     let set = unsafe {
         let mut set: libc::cpu_set_t = std::mem::zeroed();
         libc::CPU_SET(cpu, &mut set);
         set
     };
     // SAFETY: 0 names the calling thread; `set` lives across the call.
-    check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) })
-        .map(drop)
-        .map_err(failed)
+    check(unsafe { libc::sched_setaffinity(0, size_of_val(&set), &raw const set) }).map(drop)
 }
 
 /// The CPU the calling thread runs on now.
@@ -103,12 +102,12 @@ mod tests {
     /// Goal: pinning works and shows. Method: pin a thread to the last allowed CPU and look where it runs.
     #[test]
     fn pins() {
-        let cpu = *allowed_cpus().last().expect("a CPU");
+        let cpu = *allowed().expect("affinity").last().expect("a CPU");
         std::thread::spawn(move || {
-            pin_current_thread(cpu).expect("pin");
+            pin(cpu).expect("pin");
             assert_eq!(current_cpu(), Some(cpu));
-            assert_eq!(allowed_cpus(), [cpu]);
-            assert!(pin_current_thread(1 << 20).is_err());
+            assert_eq!(allowed(), Ok(vec![cpu]));
+            assert!(pin(1 << 20).is_err());
         })
         .join()
         .expect("thread");

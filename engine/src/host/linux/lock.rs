@@ -40,6 +40,10 @@ impl LockPerms {
     /// All four.
     pub const ALL: LockPerms = LockPerms(15);
 
+    /// The set with these bits (bit 0 consistent read, 1 write, 2 write unchanged, 3 resize); others are dropped.
+    pub const fn from_bits(bits: u8) -> LockPerms {
+        LockPerms(bits & 15)
+    }
     /// Both sets.
     pub const fn and(self, other: LockPerms) -> LockPerms {
         LockPerms(self.0 | other.0)
