@@ -95,7 +95,7 @@ const NOTHING: Held = Held {
     unshared: LockPerms::NONE,
 };
 
-/// The locks of one node on its file. Dropping it closes the description and with it the locks.
+/// The locks of one node on its file. Dropping it releases them.
 #[derive(Debug)]
 pub struct ImageLock {
     /// A description kept for the locks alone, so that I/O descriptors can be swapped freely.
@@ -186,6 +186,15 @@ impl ImageLock {
     /// The permissions held as used and as unshared.
     pub fn held(&self) -> (LockPerms, LockPerms) {
         (self.held.used, self.held.unshared)
+    }
+}
+
+impl Drop for ImageLock {
+    /// The description may be shared with descriptors that live on a little longer, so closing is not enough.
+    fn drop(&mut self) {
+        if let Some(fd) = &self.fd {
+            release(fd, NOTHING);
+        }
     }
 }
 

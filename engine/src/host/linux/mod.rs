@@ -20,3 +20,10 @@ pub mod probe;
 pub mod resize;
 pub mod signals;
 mod sys;
+
+/// fallocate(2): the length of the file stays as it is.
+pub const FALLOC_KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;
+/// fallocate(2): the range becomes a hole. Goes with [`FALLOC_KEEP_SIZE`].
+pub const FALLOC_PUNCH_HOLE: i32 = libc::FALLOC_FL_PUNCH_HOLE;
+/// fallocate(2): the range reads as zeroes and stays allocated.
+pub const FALLOC_ZERO_RANGE: i32 = libc::FALLOC_FL_ZERO_RANGE;

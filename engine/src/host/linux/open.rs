@@ -194,7 +194,7 @@ impl HostFile {
     /// A new, independent descriptor of the same inode with another mode; `self` stays as it is, so I/O in flight
     /// on it is not disturbed.
     pub fn reopen(&self, writable: bool, direct: bool) -> Result<HostFile, Error> {
-        let could_not = |e: Errno| Error::io(e, format!("Could not reopen '{}'", self.path.display()));
+        let could_not = |e: Errno| Error::io(e, format!("Could not open '{}'", self.path.display()));
         let again = PathBuf::from(format!("/proc/self/fd/{}", self.fd.as_raw_fd()));
         let flags = mode_flags(writable, direct);
         // Without /proc the path is the only way; the inode is compared below in either case.
@@ -207,10 +207,7 @@ impl HostFile {
         if (kind, identity) != (self.kind, self.identity) {
             return Err(Error::new(
                 Errno::EBUSY,
-                format!(
-                    "Could not reopen '{}': the file was replaced",
-                    self.path.display()
-                ),
+                format!("Could not open '{}': the file was replaced", self.path.display()),
             ));
         }
         let file = HostFile {

@@ -213,6 +213,19 @@ fn sysfs_u32(file: &HostFile, name: &str) -> Option<u32> {
     })
 }
 
+/// `_IO(0x12, 119)`: discard a range given as two u64, offset and length.
+const BLKDISCARD: libc::Ioctl = 0x1277;
+
+/// Tells a block device that a range is not needed. Multiples of 512. `ENOTSUP` if it cannot discard.
+pub fn discard_device(file: &HostFile, at: u64, len: u64) -> Result<(), Errno> {
+    let range = [at, len];
+    // SAFETY: BLKDISCARD reads two u64 through the pointer, which live across the call.
+    match retry(|| unsafe { libc::ioctl(file.as_raw_fd(), BLKDISCARD, range.as_ptr()) }) {
+        Err(Errno(libc::ENOTTY)) => Err(Errno::ENOTSUP),
+        done => done.map(drop),
+    }
+}
+
 /// Drops the clean cached pages of a file (`drop-cache`, `invalidate`): `fdatasync`, then `POSIX_FADV_DONTNEED`.
 pub fn drop_cache(fd: BorrowedFd<'_>) -> Result<(), Errno> {
     // SAFETY: fdatasync takes no pointer.
