@@ -1,0 +1,581 @@
+//! The block graph: nodes, named edges, roots, permissions, and how all of it changes (DESIGN §6).
+//!
+//! The graph lives on core 0 as an ordinary object; the data path sees only [`View`]s of it. A change is: **prepare**
+//! (fallible, no effects) → **quiesce** the roots above → **commit** (infallible) + `Install` → resume. One change at a
+//! time ([`Graph::change`] is the lock); a failure leaves no trace.
+//!
+//! ```text
+//!   root (export) ──► [qcow2 "disk"] ── file ───► [file "f0"]
+//!                          └── backing ─► [qcow2 "base"] ── file ─► [file]
+//!   owners: monitor (blockdev-add) · parents (edges) · roots — a node without any is closed
+//! ```
+
+mod open;
+mod perms;
+mod query;
+mod view;
+
+pub use open::{ChildSpec, Common, NodeSpec, OpenCx};
+pub use query::{EdgeInfo, GraphInfo, NodeInfo, RootInfo};
+pub use view::{DetectZeroes, NodeFlags};
+pub(crate) use view::{NodeView, RootView, View};
+
+use std::any::Any;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use crate::core::Core;
+use crate::driver::{Driver, Kind, Limits, Preallocation, Role, perm};
+use crate::epoch::{Barrier, barrier};
+use crate::error::{Errno, Error};
+use crate::path::{self, Root, RootId, Serial};
+use crate::sync;
+use crate::throttle::Group;
+
+/// Number of a node in the engine; reused after the node is gone.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct NodeId(pub(crate) u32);
+
+/// Nodes an engine holds at most.
+pub const NODES_MAX: usize = 4096;
+
+struct Edge {
+    name: &'static str,
+    role: Role,
+    node: Option<NodeId>,
+}
+
+struct Node {
+    name: String,
+    driver: Arc<dyn Driver>,
+    edges: Vec<Edge>,
+    /// Held by blockdev-add until blockdev-del.
+    monitor: bool,
+    /// Being opened or reopened: its parents and users cannot use it yet.
+    flags: NodeFlags,
+    common: Common,
+    home: usize,
+    has_owner: bool,
+    serial: Arc<Serial>,
+    config: Arc<dyn Any + Send + Sync>,
+    /// Cumulated permissions the driver holds now.
+    held: (u8, u8),
+}
+
+struct RootNode {
+    node: NodeId,
+    perm: u8,
+    shared: u8,
+    user: String,
+    writable: bool,
+    throttle: Option<Arc<Group>>,
+}
+
+#[derive(Default)]
+struct State {
+    version: u64,
+    nodes: BTreeMap<NodeId, Node>,
+    roots: BTreeMap<RootId, RootNode>,
+    generated: u64,
+}
+
+/// The block graph of an engine. Lives on core 0; every method is called there.
+pub struct Graph {
+    state: RefCell<State>,
+    change: sync::Semaphore,
+    next_home: Cell<usize>,
+}
+
+impl Default for Graph {
+    fn default() -> Graph {
+        Graph {
+            state: RefCell::default(),
+            change: sync::Semaphore::new(1),
+            next_home: Cell::new(0),
+        }
+    }
+}
+
+/// What a new root asks for.
+pub struct RootSpec {
+    /// Name of the node.
+    pub node: String,
+    /// Permissions it uses, as bits of [`perm`].
+    pub perm: u8,
+    /// Permissions it lets others use.
+    pub shared: u8,
+    /// Who it is, for error texts: "block device 'e0'".
+    pub user: String,
+    /// Limits it joins.
+    pub throttle: Option<Arc<Group>>,
+}
+
+impl Graph {
+    /// The graph of the engine; call on core 0.
+    pub fn current() -> Rc<Graph> {
+        let core = Core::current();
+        assert_eq!(core.index, 0, "the graph lives on core 0");
+        core.local()
+    }
+
+    fn find(&self, name: &str) -> Option<NodeId> {
+        self.state
+            .borrow()
+            .nodes
+            .iter()
+            .find(|(_, n)| n.name == name)
+            .map(|(id, _)| *id)
+    }
+
+    /// The node with this name. Error text as QEMU's commands give it.
+    pub fn lookup(&self, name: &str) -> Result<NodeId, Error> {
+        self.find(name).ok_or_else(|| {
+            Error::new(
+                Errno::ENODEV,
+                format!("Cannot find device='{name}' nor node-name='{name}'"),
+            )
+        })
+    }
+
+    /// Builds a node and its inline children; it belongs to the monitor until [`Graph::del`]. All or nothing.
+    pub async fn add(self: &Rc<Graph>, spec: NodeSpec) -> Result<String, Error> {
+        self.change.acquire(1).await;
+        let result = self.add_locked(spec).await;
+        self.change.release(1);
+        result
+    }
+
+    async fn add_locked(self: &Rc<Graph>, spec: NodeSpec) -> Result<String, Error> {
+        let id = open::open_tree(self, spec, 0, true).await?;
+        let mut state = self.state.borrow_mut();
+        let node = state.nodes.get_mut(&id).ok_or(Errno::ENOMEDIUM)?;
+        node.monitor = true;
+        Ok(node.name.clone())
+    }
+
+    /// Drops the monitor's hold on a node, which closes it and what it alone used. Errors as `blockdev-del`'s.
+    pub async fn del(self: &Rc<Graph>, name: &str) -> Result<(), Error> {
+        self.change.acquire(1).await;
+        let result = self.del_locked(name).await;
+        self.change.release(1);
+        result
+    }
+
+    async fn del_locked(self: &Rc<Graph>, name: &str) -> Result<(), Error> {
+        let missing = || {
+            Error::new(
+                Errno::ENODEV,
+                format!("Failed to find node with node-name='{name}'"),
+            )
+        };
+        let id = self.find(name).ok_or_else(missing)?;
+        {
+            let mut state = self.state.borrow_mut();
+            if state.roots.values().any(|r| r.node == id) {
+                return Err(Error::new(Errno::EBUSY, format!("Node {name} is in use")));
+            }
+            let has_parents = state.has_parents(id);
+            let node = state.nodes.get_mut(&id).ok_or_else(missing)?;
+            if !node.monitor {
+                return Err(Error::new(
+                    Errno::EBUSY,
+                    format!("Node {name} is not owned by the monitor"),
+                ));
+            }
+            if has_parents {
+                return Err(Error::new(Errno::EBUSY, format!("Block device {name} is in use")));
+            }
+            node.monitor = false;
+        }
+        self.collect().await
+    }
+
+    /// Closes every node that nobody holds, parents first. The first error is reported; nodes go all the same.
+    async fn collect(self: &Rc<Graph>) -> Result<(), Error> {
+        let mut result = Ok(());
+        loop {
+            let next = self.state.borrow().unheld();
+            let Some(id) = next else { break };
+            let closed = self.close_node(id).await;
+            if result.is_ok() {
+                result = closed;
+            }
+        }
+        let perms = self.refresh_perms().await;
+        self.install().await;
+        result.and(perms)
+    }
+
+    async fn close_node(self: &Rc<Graph>, id: NodeId) -> Result<(), Error> {
+        let (driver, home, has_owner, name) = {
+            let state = self.state.borrow();
+            let Some(n) = state.nodes.get(&id) else {
+                return Ok(());
+            };
+            (n.driver.clone(), n.home, n.has_owner, n.name.clone())
+        };
+        let mut result = Ok(());
+        if has_owner {
+            let core = Core::current();
+            let closed = core.call(home, move || {
+                Box::pin(async move {
+                    let owner = Core::current().owner(id);
+                    let closed = match owner {
+                        Some(owner) => owner.close().await,
+                        None => Ok(()),
+                    };
+                    Core::current().owners.borrow_mut().remove(&id);
+                    closed
+                })
+            });
+            result = closed.await.unwrap_or(Err(Errno::ESHUTDOWN));
+        }
+        driver.close().await;
+        self.state.borrow_mut().nodes.remove(&id);
+        result.map_err(|e| Error::io(e, format!("Closing node '{name}' failed")))
+    }
+
+    /// Attaches a root. All or nothing.
+    pub async fn attach(self: &Rc<Graph>, spec: RootSpec) -> Result<Root, Error> {
+        self.change.acquire(1).await;
+        let result = self.attach_locked(spec).await;
+        self.change.release(1);
+        result
+    }
+
+    async fn attach_locked(self: &Rc<Graph>, spec: RootSpec) -> Result<Root, Error> {
+        let node = self.lookup(&spec.node)?;
+        let id = {
+            let mut state = self.state.borrow_mut();
+            let writable = spec.perm & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
+            if writable && state.nodes.get(&node).is_some_and(|n| n.flags.read_only) {
+                return Err(Error::new(Errno::EACCES, "Block node is read-only"));
+            }
+            let id = (0..)
+                .map(RootId)
+                .find(|id| !state.roots.contains_key(id))
+                .ok_or(Errno::ENOMEM)?;
+            let (perm, shared, user, throttle) = (spec.perm, spec.shared, spec.user, spec.throttle);
+            state.roots.insert(
+                id,
+                RootNode {
+                    node,
+                    perm,
+                    shared,
+                    user,
+                    writable,
+                    throttle,
+                },
+            );
+            id
+        };
+        if let Err(e) = self.refresh_perms().await {
+            self.state.borrow_mut().roots.remove(&id);
+            let _ = self.refresh_perms().await;
+            return Err(e);
+        }
+        self.install().await;
+        Ok(Root::new(id))
+    }
+
+    /// Detaches a root after its requests are done; closes the node if nobody else holds it.
+    pub async fn detach(self: &Rc<Graph>, root: Root) -> Result<(), Error> {
+        self.change.acquire(1).await;
+        let roots: Arc<[RootId]> = Arc::new([root.id()]);
+        barrier(Barrier::Drain(roots.clone())).await;
+        self.state.borrow_mut().roots.remove(&root.id());
+        let result = self.collect().await;
+        // waiters find the root gone
+        barrier(Barrier::Resume(roots)).await;
+        let core = Core::current();
+        for index in 0..core.count() {
+            let id = root.id();
+            core.call(index, move || {
+                Box::pin(async move { Core::current().forget_root(id) })
+            })
+            .await;
+        }
+        self.change.release(1);
+        result
+    }
+
+    /// Changes a node's size, with the roots above it drained.
+    pub async fn resize(
+        self: &Rc<Graph>,
+        name: &str,
+        size: u64,
+        prealloc: Preallocation,
+    ) -> Result<(), Error> {
+        let spec = RootSpec {
+            node: name.to_owned(),
+            perm: perm::RESIZE,
+            shared: perm::ALL,
+            user: "the resize operation".to_owned(),
+            throttle: None,
+        };
+        let temporary = self.attach(spec).await?;
+        self.change.acquire(1).await;
+        let node = self.lookup(name);
+        let result = match node {
+            Ok(node) => {
+                let roots = self.roots_above(node);
+                barrier(Barrier::Drain(roots.clone())).await;
+                let result = path_truncate(node, size, prealloc).await;
+                self.install().await;
+                barrier(Barrier::Resume(roots)).await;
+                result
+            }
+            Err(e) => Err(e),
+        };
+        self.change.release(1);
+        let detached = self.detach(temporary).await;
+        result.and(detached)
+    }
+
+    /// All roots whose requests may reach a node.
+    fn roots_above(&self, node: NodeId) -> Arc<[RootId]> {
+        let state = self.state.borrow();
+        state
+            .roots
+            .iter()
+            .filter(|(_, r)| state.reaches(r.node, node))
+            .map(|(id, _)| *id)
+            .collect()
+    }
+
+    /// Applies new options to several nodes, all or nothing. Nodes are drained and flushed first.
+    pub async fn reopen(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
+        self.change.acquire(1).await;
+        let result = self.reopen_locked(items).await;
+        self.change.release(1);
+        result
+    }
+
+    async fn reopen_locked(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
+        let roots: Arc<[RootId]> = self.state.borrow().roots.keys().copied().collect();
+        barrier(Barrier::Drain(roots.clone())).await;
+        let result = self.reopen_drained(items).await;
+        self.install().await;
+        barrier(Barrier::Resume(roots)).await;
+        result
+    }
+
+    async fn reopen_drained(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
+        let mut prepared: Vec<Prepared> = Vec::new();
+        let mut undo: Vec<(NodeId, NodeFlags, Common)> = Vec::new();
+        let mut result = Ok(());
+        for item in &items {
+            match self.reopen_one(item, &mut undo).await {
+                Ok(p) => prepared.push(p),
+                Err(e) => {
+                    result = Err(e);
+                    break;
+                }
+            }
+        }
+        if result.is_ok() {
+            result = self.refresh_perms().await;
+        }
+        if result.is_ok() {
+            for p in prepared {
+                (p.commit)();
+            }
+            let mut state = self.state.borrow_mut();
+            for item in items {
+                if let Some(id) = state
+                    .nodes
+                    .iter()
+                    .find(|(_, n)| n.name == item.name)
+                    .map(|(id, _)| *id)
+                    && let Some(node) = state.nodes.get_mut(&id)
+                {
+                    node.config = item.config;
+                }
+            }
+            return Ok(());
+        }
+        for p in prepared {
+            (p.abort)();
+        }
+        for (id, flags, common) in undo.into_iter().rev() {
+            if let Some(n) = self.state.borrow_mut().nodes.get_mut(&id) {
+                (n.flags, n.common) = (flags, common);
+            }
+        }
+        let _ = self.refresh_perms().await;
+        result
+    }
+
+    async fn reopen_one(
+        self: &Rc<Graph>,
+        item: &Reopen,
+        undo: &mut Vec<(NodeId, NodeFlags, Common)>,
+    ) -> Result<Prepared, Error> {
+        let missing = || {
+            Error::new(
+                Errno::ENODEV,
+                format!("Failed to find node with node-name='{}'", item.name),
+            )
+        };
+        let id = self.find(&item.name).ok_or_else(missing)?;
+        path::flush_node(id)
+            .await
+            .map_err(|e| Error::io(e, format!("Flushing node '{}' failed", item.name)))?;
+        let driver = {
+            let mut state = self.state.borrow_mut();
+            let used_for_writing = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
+            let node = state.nodes.get_mut(&id).ok_or_else(missing)?;
+            if item.flags.read_only && !node.flags.read_only && used_for_writing {
+                let text = format!(
+                    "Read-only block node '{}' cannot support read-write users",
+                    item.name
+                );
+                return Err(Error::new(Errno::EPERM, text));
+            }
+            undo.push((id, node.flags, node.common));
+            (node.flags, node.common) = (item.flags, item.common);
+            node.driver.clone()
+        };
+        if !driver.supports_reopen() {
+            let text = format!(
+                "Block format '{}' used by node '{}' does not support reopening files",
+                driver.name(),
+                item.name
+            );
+            return Err(Error::new(Errno::ENOTSUP, text));
+        }
+        driver.reopen_prepare(item).await
+    }
+
+    /// Sends the current state of the graph to every core.
+    async fn install(self: &Rc<Graph>) {
+        let view = self.state.borrow_mut().view();
+        barrier(Barrier::Install(Arc::new(view))).await;
+    }
+
+    /// Closes everything: roots first, then nodes. For the end of the engine.
+    pub async fn shutdown(self: &Rc<Graph>) -> Result<(), Error> {
+        let roots: Vec<RootId> = self.state.borrow().roots.keys().copied().collect();
+        let mut result = Ok(());
+        for id in roots {
+            result = result.and(self.detach(Root::new(id)).await);
+        }
+        self.change.acquire(1).await;
+        for node in self.state.borrow_mut().nodes.values_mut() {
+            node.monitor = false;
+        }
+        result = result.and(self.collect().await);
+        self.change.release(1);
+        result
+    }
+}
+
+async fn path_truncate(node: NodeId, size: u64, prealloc: Preallocation) -> Result<(), Error> {
+    path::truncate_node(node, size, prealloc).await
+}
+
+/// New options for one node, for [`Graph::reopen`]. What is not given is at its default.
+pub struct Reopen {
+    /// The node's name.
+    pub name: String,
+    /// Flags the data path sees.
+    pub flags: NodeFlags,
+    /// The common options.
+    pub common: Common,
+    /// The driver's own options, as its open function took them.
+    pub config: Arc<dyn Any + Send + Sync>,
+}
+
+/// A driver that is ready to switch to new options.
+pub struct Prepared {
+    /// Switches; cannot fail.
+    pub commit: Box<dyn FnOnce()>,
+    /// Forgets about it.
+    pub abort: Box<dyn FnOnce()>,
+}
+
+impl State {
+    fn has_parents(&self, id: NodeId) -> bool {
+        self.nodes
+            .values()
+            .any(|n| n.edges.iter().any(|e| e.node == Some(id)))
+    }
+
+    fn reaches(&self, from: NodeId, to: NodeId) -> bool {
+        from == to
+            || self
+                .nodes
+                .get(&from)
+                .is_some_and(|n| n.edges.iter().filter_map(|e| e.node).any(|c| self.reaches(c, to)))
+    }
+
+    /// A node that nobody holds.
+    fn unheld(&self) -> Option<NodeId> {
+        let held = |id: NodeId, n: &Node| {
+            n.monitor || self.has_parents(id) || self.roots.values().any(|r| r.node == id)
+        };
+        self.nodes
+            .iter()
+            .find(|(id, n)| !held(**id, n))
+            .map(|(id, _)| *id)
+    }
+
+    fn view(&mut self) -> View {
+        self.version += 1;
+        let mut view = View {
+            version: self.version,
+            ..View::default()
+        };
+        let last = self.nodes.keys().next_back().map_or(0, |id| id.0 as usize + 1);
+        view.nodes.resize_with(last, || None);
+        for (id, n) in &self.nodes {
+            view.nodes[id.0 as usize] = Some(Arc::new(NodeView {
+                id: *id,
+                driver: n.driver.clone(),
+                children: n.edges.iter().map(|e| e.node).collect(),
+                home: n.home,
+                has_owner: n.has_owner,
+                flags: n.flags,
+                limits: self.limits(*id, 0),
+                serial: n.serial.clone(),
+            }));
+        }
+        let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);
+        view.roots.resize_with(last, || None);
+        for (id, r) in &self.roots {
+            let root = RootView {
+                node: r.node,
+                writable: r.writable,
+                throttle: r.throttle.clone(),
+            };
+            view.roots[id.0 as usize] = Some(root);
+        }
+        view
+    }
+
+    /// A node's limits merged with those of the children its data goes to (reference, part 5 item 22).
+    fn limits(&self, id: NodeId, depth: usize) -> Limits {
+        let Some(n) = self.nodes.get(&id) else {
+            return Limits::default();
+        };
+        let mut limits = n.driver.limits();
+        if depth > open::DEPTH_MAX || matches!(n.driver.kind(), Kind::Leaf(_)) {
+            return limits;
+        }
+        for e in n.edges.iter().filter(|e| e.role != Role::Cow) {
+            if let Some(child) = e.node {
+                let c = self.limits(child, depth + 1);
+                limits.request_alignment = limits.request_alignment.max(c.request_alignment);
+                limits.memory_alignment = limits.memory_alignment.max(c.memory_alignment);
+                limits.max_transfer = limits.max_transfer.min(c.max_transfer);
+                if e.role == Role::Filtered {
+                    limits.punch_alignment = limits.punch_alignment.max(c.punch_alignment);
+                    limits.cluster_size = limits.cluster_size.max(c.cluster_size);
+                }
+            }
+        }
+        limits
+    }
+}

@@ -1,0 +1,330 @@
+//! Roots: where requests enter the graph (an export, a job, a tool). Admission, limits and accounting live here.
+//!
+//! ```text
+//!   request ─► throttle (holds nothing) ─► gate: closed while the graph changes ─► path ─► accounting ─► leave gate
+//! ```
+//!
+//! Invariants: `inflight` counts what has passed the gate on this core and nothing else; a drain is done when every core
+//! counts zero behind a closed gate.
+
+use std::cell::{Cell, RefCell};
+use std::ops::Range;
+use std::rc::Rc;
+
+use super::read::{read_fast, read_node};
+use super::stats::{OpClass, OpStats, Snapshot};
+use super::status::{Above, status_above, status_node};
+use super::write::{write_fast, write_node};
+use super::zero::{discard_node, flush_node, zeroes_node};
+use crate::core::Core;
+use crate::driver::{Flags, Limits, Status};
+use crate::error::Errno;
+use crate::graph::{DetectZeroes, NodeFlags, NodeId};
+use crate::mem::Buf;
+use crate::sync::{Event, Semaphore};
+use crate::throttle::Group;
+use std::sync::Arc;
+
+/// Number of a root in the engine.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct RootId(pub(crate) u32);
+
+/// A root's state on one core.
+pub(crate) struct RootLocal {
+    closed: Cell<u32>,
+    inflight: Cell<u32>,
+    changed: Event,
+    /// Throttled requests wait here, in order, reads and writes apart.
+    turn: [Semaphore; 2],
+    waiting: Cell<u32>,
+    stats: RefCell<[OpStats; OpClass::COUNT]>,
+}
+
+impl Default for RootLocal {
+    fn default() -> RootLocal {
+        RootLocal {
+            closed: Cell::new(0),
+            inflight: Cell::new(0),
+            changed: Event::default(),
+            turn: [Semaphore::new(1), Semaphore::new(1)],
+            waiting: Cell::new(0),
+            stats: RefCell::default(),
+        }
+    }
+}
+
+impl RootLocal {
+    pub(crate) fn close(&self) {
+        self.closed.set(self.closed.get() + 1);
+    }
+
+    pub(crate) fn open(&self) {
+        debug_assert!(self.closed.get() > 0, "drains are balanced");
+        self.closed.set(self.closed.get().saturating_sub(1));
+        if self.closed.get() == 0 {
+            self.changed.notify();
+        }
+    }
+
+    pub(crate) async fn idle(&self) {
+        while self.inflight.get() > 0 {
+            self.changed.wait().await;
+        }
+    }
+
+    async fn enter(&self) {
+        while self.closed.get() > 0 {
+            self.changed.wait().await;
+        }
+        self.inflight.set(self.inflight.get() + 1);
+    }
+
+    /// Waits until the limits allow a request; holds no buffer and is not in flight meanwhile.
+    async fn throttle(&self, core: &Core, group: &Group, write: bool, bytes: u64) {
+        let turn = &self.turn[usize::from(write)];
+        self.waiting.set(self.waiting.get() + 1);
+        turn.acquire(1).await;
+        while let Err(until) = group.admit(core.now_exact(), write, bytes) {
+            crate::timer::Sleep::until(until).await;
+        }
+        turn.release(1);
+        self.waiting.set(self.waiting.get() - 1);
+    }
+}
+
+/// A request that is in flight; leaving is automatic.
+struct InFlight(Rc<RootLocal>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        let local = &self.0;
+        local.inflight.set(local.inflight.get() - 1);
+        if local.closed.get() > 0 && local.inflight.get() == 0 {
+            local.changed.notify();
+        }
+    }
+}
+
+/// A handle on a root, for tasks of any core. It does not keep the root alive: whoever attached it detaches it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Root {
+    id: RootId,
+}
+
+/// What a request needs to know of its root, read once after the gate.
+struct Entry {
+    core: Rc<Core>,
+    started: u64,
+    node: NodeId,
+    size: u64,
+    writable: bool,
+    flags: NodeFlags,
+    gate: InFlight,
+}
+
+impl Root {
+    pub(crate) fn new(id: RootId) -> Root {
+        Root { id }
+    }
+
+    /// Its number.
+    pub fn id(&self) -> RootId {
+        self.id
+    }
+
+    #[inline]
+    async fn enter(&self, write: Option<bool>, bytes: u64) -> Result<Entry, Errno> {
+        let core = Core::current();
+        let local = core.root(self.id);
+        let started = core.now();
+        if let Some(write) = write {
+            let group: Option<Arc<Group>> = {
+                let view = core.view.borrow();
+                view.root(self.id)?.throttle.clone()
+            };
+            if let Some(group) = group {
+                local.throttle(&core, &group, write, bytes).await;
+            }
+        }
+        local.enter().await;
+        let gate = InFlight(local);
+        let (node, size, writable, flags) = {
+            let view = core.view.borrow();
+            let root = view.root(self.id)?;
+            let node = view.node(root.node)?;
+            (root.node, node.driver.size(), root.writable, node.flags)
+        };
+        Ok(Entry {
+            core,
+            started,
+            node,
+            size,
+            writable,
+            flags,
+            gate,
+        })
+    }
+
+    /// Size of the node in bytes.
+    pub fn size(&self) -> Result<u64, Errno> {
+        let core = Core::current();
+        let view = core.view.borrow();
+        Ok(view.node(view.root(self.id)?.node)?.driver.size())
+    }
+
+    /// Alignments and bounds, merged down the chain.
+    pub fn limits(&self) -> Result<Limits, Errno> {
+        let core = Core::current();
+        let view = core.view.borrow();
+        Ok(view.node(view.root(self.id)?.node)?.limits)
+    }
+
+    /// The node the root is attached to now.
+    pub fn node(&self) -> Result<NodeId, Errno> {
+        let core = Core::current();
+        let view = core.view.borrow();
+        Ok(view.root(self.id)?.node)
+    }
+
+    /// Fills the buffer from `off`. `EIO` if the range is not inside the node.
+    pub async fn read(&self, off: u64, buf: Buf) -> (Result<(), Errno>, Buf) {
+        let len = buf.len() as u64;
+        let entry = match self.enter(Some(false), len).await {
+            Ok(e) => e,
+            Err(e) => return (Err(e), buf),
+        };
+        if !inside(off, len, entry.size) {
+            return (entry.finish(OpClass::Read, len, Err(Errno::EIO)), buf);
+        }
+        let (result, buf) = match read_fast(&entry.core, entry.node, off, buf).await {
+            Ok(done) => done,
+            Err(buf) => read_node(entry.node, off, buf).await,
+        };
+        (entry.finish(OpClass::Read, len, result), buf)
+    }
+
+    /// Writes the buffer at `off`. `EPERM` on a read-only root, `ENOSPC` if the range is not inside the node.
+    pub async fn write(&self, off: u64, buf: Buf, flags: Flags) -> (Result<(), Errno>, Buf) {
+        let len = buf.len() as u64;
+        let entry = match self.enter(Some(true), len).await {
+            Ok(e) => e,
+            Err(e) => return (Err(e), buf),
+        };
+        if let Err(e) = entry.check_write(off, len) {
+            return (entry.finish(OpClass::Write, len, Err(e)), buf);
+        }
+        let (result, buf) = entry.write(off, buf, flags).await;
+        (entry.finish(OpClass::Write, len, result), buf)
+    }
+
+    /// Makes a range read as zeroes. Errors as for [`Root::write`]; `ENOTSUP` with `no_fallback` if it would be slow.
+    pub async fn write_zeroes(&self, off: u64, len: u64, flags: Flags) -> Result<(), Errno> {
+        let entry = self.enter(Some(true), len).await?;
+        let result = match entry.check_write(off, len) {
+            Ok(()) if len > 0 => zeroes_node(entry.node, off, len, flags).await,
+            other => other,
+        };
+        entry.finish(OpClass::Unmap, len, result)
+    }
+
+    /// Advice that a range is not needed.
+    pub async fn discard(&self, off: u64, len: u64) -> Result<(), Errno> {
+        let entry = self.enter(Some(true), len).await?;
+        let result = match entry.check_write(off, len) {
+            Ok(()) => discard_node(entry.node, off, len).await,
+            Err(e) => Err(e),
+        };
+        entry.finish(OpClass::Unmap, len, result)
+    }
+
+    /// Makes durable whatever completed before. Never throttled.
+    pub async fn flush(&self) -> Result<(), Errno> {
+        let entry = self.enter(None, 0).await?;
+        let result = if entry.writable {
+            flush_node(entry.node).await
+        } else {
+            Ok(())
+        };
+        entry.finish(OpClass::Flush, 0, result)
+    }
+
+    /// Block status of the beginning of a range, in the node itself.
+    pub async fn status(&self, range: Range<u64>, want_zero: bool) -> Result<Status, Errno> {
+        let entry = self.enter(None, 0).await?;
+        if range.is_empty() || range.end > entry.size {
+            return Err(Errno::EINVAL);
+        }
+        status_node(entry.node, range, want_zero).await
+    }
+
+    /// Block status of the beginning of a range through the backing chain, down to and without `base`.
+    pub async fn status_above(
+        &self,
+        base: Option<NodeId>,
+        range: Range<u64>,
+        want_zero: bool,
+    ) -> Result<Above, Errno> {
+        let entry = self.enter(None, 0).await?;
+        if range.is_empty() || range.end > entry.size {
+            return Err(Errno::EINVAL);
+        }
+        status_above(entry.node, base, range, want_zero).await
+    }
+
+    /// Counters and latencies of all cores together.
+    pub async fn stats(&self) -> Snapshot {
+        let core = Core::current();
+        let (mut sum, id) = (Snapshot::default(), self.id);
+        for index in 0..core.count() {
+            let one = core.call(index, move || {
+                Box::pin(async move { Snapshot::of(&Core::current().root(id).stats.borrow()) })
+            });
+            if let Some(one) = one.await {
+                sum.add(&one);
+            }
+        }
+        sum
+    }
+}
+
+impl Entry {
+    fn check_write(&self, off: u64, len: u64) -> Result<(), Errno> {
+        if !self.writable || self.flags.read_only {
+            return Err(Errno::EPERM);
+        }
+        if inside(off, len, self.size) {
+            Ok(())
+        } else {
+            Err(Errno::ENOSPC)
+        }
+    }
+
+    async fn write(&self, off: u64, buf: Buf, flags: Flags) -> (Result<(), Errno>, Buf) {
+        if self.flags.detect_zeroes != DetectZeroes::Off
+            && !flags.compressed
+            && !buf.is_empty()
+            && buf.is_zero()
+        {
+            let may_unmap = self.flags.detect_zeroes == DetectZeroes::Unmap;
+            let flags = Flags { may_unmap, ..flags };
+            return (zeroes_node(self.node, off, buf.len() as u64, flags).await, buf);
+        }
+        if flags != Flags::NONE {
+            return write_node(self.node, off, buf, flags).await;
+        }
+        match write_fast(&self.core, self.node, off, buf).await {
+            Ok(done) => done,
+            Err(buf) => write_node(self.node, off, buf, flags).await,
+        }
+    }
+
+    fn finish(self, class: OpClass, bytes: u64, result: Result<(), Errno>) -> Result<(), Errno> {
+        let ns = self.core.now().saturating_sub(self.started);
+        self.gate.0.stats.borrow_mut()[class as usize].record(bytes, ns, result.is_ok());
+        result
+    }
+}
+
+fn inside(off: u64, len: u64, size: u64) -> bool {
+    off.checked_add(len).is_some_and(|end| end <= size)
+}
