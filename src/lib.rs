@@ -1,1 +1,4 @@
-//! Ringblock.
+//! Ringblock: a block storage engine over io_uring, one thread per core.
+#![forbid(unsafe_code)]
+
+pub mod qmp;
