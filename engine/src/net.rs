@@ -3,21 +3,21 @@
 //! The descriptor is owned by the [`Socket`]; operations in flight keep it open, because the kernel holds its own
 //! reference from submission to completion.
 
-use std::os::fd::{AsRawFd, OwnedFd};
-use std::rc::Rc;
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use crate::error::Errno;
 use crate::mem::Buf;
 use crate::ring::{self, RawOp, SendBatch};
 
-/// A connected socket, for tasks of one core. Clones are the same socket.
-#[derive(Clone)]
-pub struct Socket(Rc<OwnedFd>);
+/// A connected socket. Its transfers are for tasks of a core; clones are the same socket, and any thread may end it.
+#[derive(Clone, Debug)]
+pub struct Socket(Arc<OwnedFd>);
 
 impl Socket {
     /// Takes over a descriptor.
     pub fn new(fd: OwnedFd) -> Socket {
-        Socket(Rc::new(fd))
+        Socket(Arc::new(fd))
     }
 
     /// Receives up to `len` bytes into `buf[pos..]`, within the buffer's capacity; 0 at the end of the stream.
@@ -32,9 +32,15 @@ impl Socket {
 
     /// Ends both directions: pending and later receives see the end of the stream.
     pub fn shutdown(&self) {
-        // SAFETY: a descriptor that we own; shutdown takes no pointers.
-        unsafe { libc::shutdown(self.0.as_raw_fd(), libc::SHUT_RDWR) };
+        use std::os::fd::AsFd;
+        shutdown(self.0.as_fd());
     }
+}
+
+/// Ends a socket from any thread. On a listening one, pending and later accepts fail with `EINVAL`.
+pub fn shutdown(fd: BorrowedFd<'_>) {
+    // SAFETY: the descriptor is open as long as it is borrowed; shutdown takes no pointers.
+    unsafe { libc::shutdown(fd.as_raw_fd(), libc::SHUT_RDWR) };
 }
 
 /// A listening socket on a core's ring.

@@ -1,0 +1,423 @@
+//! The NBD server: listeners, the catalogue of exports, and the clients that are there.
+//!
+//! Invariants:
+//! - A name belongs to at most one export, from its reservation on.
+//! - At most `max_connections` clients at once, those in the option phase included; when there is no room
+//!   nobody is accepted, the kernel's queue holds them.
+//! - Each client lives on one core, chosen in turn; nothing of its data crosses to another.
+//! - The locks here are held for a look-up, never across an await or a foreign call.
+//!
+//! ```text
+//! accept (one task a listener) ──► next core ──► negotiate ──► bind to export ──► transmit ──► leave
+//! ```
+
+use std::collections::BTreeMap;
+use std::future::poll_fn;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::task::{Poll, Waker};
+
+use ringblock_engine::core::Core;
+use ringblock_engine::driver::perm;
+use ringblock_engine::graph::{Graph, RootSpec};
+use ringblock_engine::host::linux::net::{Listener, set_nodelay};
+use ringblock_engine::net::{self, Socket};
+use ringblock_engine::sync::{Receiver, Sender, oneshot};
+use ringblock_engine::timer::Sleep;
+use ringblock_engine::{Engine, Errno, Error};
+
+use super::connection;
+use super::export::{Gone, NbdExport, NbdExportOptions};
+use super::handshake::{Catalogue, ExportInfo};
+use super::transmission::Session;
+use super::wire::MAX_STRING;
+use crate::export::Exports;
+
+/// How a server treats its clients.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ServerConfig {
+    /// Clients at once; 0: no limit. With 1 the multi-conn flag is not offered.
+    pub max_connections: u32,
+    /// Seconds a client has for the option phase; 0: no limit.
+    pub handshake_seconds: u32,
+    /// The cores that serve clients, in turn; empty: all.
+    pub cores: Vec<usize>,
+}
+
+impl Default for ServerConfig {
+    fn default() -> ServerConfig {
+        ServerConfig {
+            max_connections: 100,
+            handshake_seconds: 10,
+            cores: Vec::new(),
+        }
+    }
+}
+
+/// A pause after an accept that failed for want of something, in ns.
+const ACCEPT_PAUSE: u64 = 100_000_000;
+
+struct Conn {
+    stream: Socket,
+    export: Option<Arc<NbdExport>>,
+}
+
+#[derive(Default)]
+struct Conns {
+    live: BTreeMap<u64, Conn>,
+    next: u64,
+    stopping: bool,
+    /// Accept tasks that wait for room.
+    room: Vec<Waker>,
+    /// Who waits for the last client to leave.
+    empty: Vec<Sender<()>>,
+}
+
+/// What the tasks of a server share.
+pub(super) struct Shared {
+    config: ServerConfig,
+    /// `None` is a name that is reserved.
+    exports: Mutex<BTreeMap<String, Option<Arc<NbdExport>>>>,
+    conns: Mutex<Conns>,
+    turn: AtomicUsize,
+}
+
+/// A running server. Dropping it closes the listeners and cuts the clients; its exports are the caller's to
+/// remove first ([`crate::export::Exports::remove_all`]).
+pub struct NbdServer {
+    shared: Arc<Shared>,
+    listeners: Vec<Listener>,
+}
+
+/// A name that nobody else can take while this lives.
+struct NameReservation {
+    shared: Arc<Shared>,
+    name: String,
+    published: bool,
+}
+
+impl NbdServer {
+    /// Starts accepting on these listeners; one task for each, spread over the cores.
+    ///
+    /// # Errors
+    /// "Core n does not exist" for a core of the configuration that the engine does not have.
+    pub fn start(
+        engine: &Engine,
+        config: ServerConfig,
+        listeners: Vec<Listener>,
+    ) -> Result<NbdServer, Error> {
+        let count = engine.cores();
+        if let Some(bad) = config.cores.iter().find(|c| **c >= count) {
+            return Err(Error::invalid(format!("Core {bad} does not exist")));
+        }
+        let mut config = config;
+        if config.cores.is_empty() {
+            config.cores = (0..count).collect();
+        }
+        let shared = Arc::new(Shared {
+            config,
+            exports: Mutex::default(),
+            conns: Mutex::default(),
+            turn: AtomicUsize::new(0),
+        });
+        for (i, fd) in listeners.iter().flat_map(Listener::fds).enumerate() {
+            let fd = fd
+                .try_clone_to_owned()
+                .map_err(|e| Error::io(Errno::of(&e), "Could not duplicate a listener"))?;
+            let core = shared.config.cores[i % shared.config.cores.len()];
+            let shared = shared.clone();
+            drop(engine.spawn_on(core, move || Box::pin(accept(shared, fd))));
+        }
+        Ok(NbdServer { shared, listeners })
+    }
+
+    /// The listeners, for their addresses.
+    pub fn listeners(&self) -> &[Listener] {
+        &self.listeners
+    }
+
+    /// Adds an export: all of it, or none. Runs on core 0, where the graph is.
+    ///
+    /// # Errors
+    /// Those of [`Exports::reserve`] and of attaching to the node; "Cannot export read-only node as
+    /// writable"; "NBD server already has export named 'x'", "export name 'x' too long",
+    /// "description 'x' too long".
+    pub async fn add(&self, exports: &Arc<Exports>, options: NbdExportOptions) -> Result<(), Error> {
+        let id = exports.reserve(&options.id)?;
+        let (core, graph) = (Core::current(), Graph::current());
+        let node = &options.node_name;
+        if graph.lookup(node).is_err() {
+            let text = format!("Cannot find device='' nor node-name='{node}'");
+            return Err(Error::new(Errno::ENODEV, text));
+        }
+        let name = options.name.as_ref().unwrap_or(node).clone();
+        let name = self.reserve(name, options.description.as_deref())?;
+        let writes = if options.writable { perm::WRITE } else { 0 };
+        let spec = RootSpec {
+            node: node.clone(),
+            perm: perm::CONSISTENT_READ | writes,
+            // A size clients have been told must not change under them.
+            shared: perm::ALL & !perm::RESIZE,
+            user: format!("block export '{}'", options.id),
+            throttle: None,
+        };
+        let root = graph.attach(spec).await.map_err(|e| match e.errno {
+            Errno::EACCES if options.writable => {
+                Error::new(e.errno, "Cannot export read-only node as writable")
+            }
+            _ => e,
+        })?;
+        let (release, released) = oneshot::<Gone>();
+        core.spawn(async move {
+            let gone = released.await;
+            // The node is given back whatever its closing says: that is reported where it was written to.
+            let _ = graph.detach(root).await;
+            if let Some(gone) = gone {
+                gone();
+            }
+        });
+        let server = Arc::downgrade(&self.shared);
+        let export = NbdExport::new(name.name.clone(), options, root, server, release);
+        // The id first: who connects at once can be cut again.
+        id.publish(export.clone());
+        name.publish(export);
+        Ok(())
+    }
+
+    fn reserve(&self, name: String, description: Option<&str>) -> Result<NameReservation, Error> {
+        let too_long = |what: &str, s: &str| Error::invalid(format!("{what} '{s}' too long"));
+        if name.len() > MAX_STRING {
+            return Err(too_long("export name", &name));
+        }
+        if let Some(d) = description.filter(|d| d.len() > MAX_STRING) {
+            return Err(too_long("description", d));
+        }
+        let mut exports = self.shared.exports();
+        if exports.contains_key(&name) {
+            return Err(Error::invalid(format!(
+                "NBD server already has export named '{name}'"
+            )));
+        }
+        exports.insert(name.clone(), None);
+        Ok(NameReservation {
+            shared: self.shared.clone(),
+            name,
+            published: false,
+        })
+    }
+
+    /// Clients connected now.
+    pub fn connections(&self) -> usize {
+        self.shared.conns().live.len()
+    }
+
+    /// Closes the listeners, cuts all clients and waits until they are gone.
+    pub async fn stop(mut self) {
+        let gone = self.close();
+        if let Some(gone) = gone {
+            gone.await;
+        }
+    }
+
+    fn close(&mut self) -> Option<Receiver<()>> {
+        for fd in self.listeners.iter().flat_map(Listener::fds) {
+            net::shutdown(fd);
+        }
+        self.listeners.clear();
+        let mut conns = self.shared.conns();
+        conns.stopping = true;
+        conns.room.drain(..).for_each(Waker::wake);
+        conns.live.values().for_each(|c| c.stream.shutdown());
+        if conns.live.is_empty() {
+            return None;
+        }
+        let (tx, rx) = oneshot();
+        conns.empty.push(tx);
+        Some(rx)
+    }
+}
+
+impl Drop for NbdServer {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+impl NameReservation {
+    fn publish(mut self, export: Arc<NbdExport>) {
+        self.published = true;
+        self.shared.exports().insert(self.name.clone(), Some(export));
+    }
+}
+
+impl Drop for NameReservation {
+    fn drop(&mut self) {
+        if !self.published {
+            self.shared.exports().remove(&self.name);
+        }
+    }
+}
+
+impl Shared {
+    fn exports(&self) -> MutexGuard<'_, BTreeMap<String, Option<Arc<NbdExport>>>> {
+        self.exports.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn conns(&self) -> MutexGuard<'_, Conns> {
+        self.conns.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn get(&self, name: &[u8]) -> Option<Arc<NbdExport>> {
+        self.exports().get(std::str::from_utf8(name).ok()?)?.clone()
+    }
+
+    /// Takes an export out of the catalogue and cuts its clients.
+    pub(super) fn forget(&self, export: &Arc<NbdExport>) {
+        let mut exports = self.exports();
+        if exports
+            .get(export.name())
+            .is_some_and(|e| e.as_ref().is_some_and(|e| Arc::ptr_eq(e, export)))
+        {
+            exports.remove(export.name());
+        }
+        drop(exports);
+        let conns = self.conns();
+        let of = |c: &&Conn| c.export.as_ref().is_some_and(|e| Arc::ptr_eq(e, export));
+        conns.live.values().filter(of).for_each(|c| c.stream.shutdown());
+    }
+
+    /// Waits until one more client may come; false if the server stops.
+    async fn room(&self) -> bool {
+        let max = self.config.max_connections as usize;
+        poll_fn(|cx| {
+            let mut conns = self.conns();
+            if conns.stopping {
+                return Poll::Ready(false);
+            }
+            if max == 0 || conns.live.len() < max {
+                return Poll::Ready(true);
+            }
+            conns.room.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl Catalogue for Shared {
+    fn find(&self, name: &[u8]) -> Option<ExportInfo> {
+        self.get(name).map(|e| e.info(self.config.max_connections != 1))
+    }
+    fn all(&self) -> Vec<ExportInfo> {
+        self.exports().values().flatten().map(|e| e.listed()).collect()
+    }
+    fn count(&self) -> usize {
+        self.exports().len()
+    }
+}
+
+/// A client's place in the table; leaving is automatic.
+struct Place {
+    shared: Arc<Shared>,
+    id: u64,
+}
+
+impl Place {
+    /// `None` if there is no room after all, or the server stops.
+    fn take(shared: &Arc<Shared>, stream: &Socket) -> Option<Place> {
+        let mut conns = shared.conns();
+        let max = shared.config.max_connections as usize;
+        if conns.stopping || (max != 0 && conns.live.len() >= max) {
+            return None;
+        }
+        let id = conns.next;
+        conns.next += 1;
+        conns.live.insert(
+            id,
+            Conn {
+                stream: stream.clone(),
+                export: None,
+            },
+        );
+        Some(Place {
+            shared: shared.clone(),
+            id,
+        })
+    }
+
+    /// Ties the client to its export; `None` if that is gone, or going.
+    fn bind(&self, name: &str) -> Option<Arc<NbdExport>> {
+        let export = self.shared.get(name.as_bytes())?;
+        let mut conns = self.shared.conns();
+        let conn = conns.live.get_mut(&self.id)?;
+        // Under the lock: a removal either sees this client in the table or is seen by it.
+        if !export.bind() {
+            return None;
+        }
+        conn.export = Some(export.clone());
+        Some(export)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut conns = self.shared.conns();
+        let conn = conns.live.remove(&self.id);
+        conns.room.drain(..).for_each(Waker::wake);
+        let empty = if conns.live.is_empty() {
+            std::mem::take(&mut conns.empty)
+        } else {
+            Vec::new()
+        };
+        drop(conns);
+        if let Some(export) = conn.and_then(|c| c.export) {
+            export.unbind();
+        }
+        empty.into_iter().for_each(|e| e.send(()));
+    }
+}
+
+/// Accepts clients on one listener until the server stops.
+async fn accept(shared: Arc<Shared>, listener: OwnedFd) {
+    let listener = net::Listener::new(listener);
+    let core = Core::current();
+    while shared.room().await {
+        let fd = match listener.accept().await {
+            Ok(fd) => fd,
+            Err(Errno::EINVAL | Errno::EBADF | Errno::ENOTSUP) => return,
+            Err(_) => {
+                // Out of descriptors or memory, or a client that is gone already.
+                Sleep::ns(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Harmless where it does not apply.
+        let _ = set_nodelay(fd.as_fd());
+        let stream = Socket::new(fd);
+        let Some(place) = Place::take(&shared, &stream) else {
+            continue;
+        };
+        let turn = shared.turn.fetch_add(1, Ordering::Relaxed);
+        let target = shared.config.cores[turn % shared.config.cores.len()];
+        let here = core.clone();
+        core.spawn(async move {
+            here.call(target, move || Box::pin(client(place, stream))).await;
+        });
+    }
+}
+
+/// The whole life of one client, on its core.
+async fn client(place: Place, stream: Socket) {
+    let shared: Arc<Shared> = place.shared.clone();
+    let limit = u64::from(shared.config.handshake_seconds) * 1_000_000_000;
+    let Some((negotiated, input)) = connection::negotiate(&stream, &*shared, limit).await else {
+        return;
+    };
+    let Some(export) = place.bind(&negotiated.export.name) else {
+        return;
+    };
+    let session = Session::new(&negotiated);
+    let client = connection::client(stream, export.root(), export.writethrough());
+    connection::transmit(client, session, input).await;
+}
