@@ -345,3 +345,16 @@ impl Core {
         *self.view.borrow_mut() = Arc::default();
     }
 }
+
+/// Lets other tasks of the core, and its ring, have a turn.
+pub async fn yield_now() {
+    let mut yielded = false;
+    std::future::poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return std::task::Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        std::task::Poll::Pending
+    })
+    .await
+}

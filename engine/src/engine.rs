@@ -207,5 +207,9 @@ impl Drop for Running {
                 let _ = thread.join();
             }
         }
+        // messages that came too late hold files, and those hold what is dropped here
+        for core in &self.shared.cores {
+            while core.queue.pop().is_some() {}
+        }
     }
 }

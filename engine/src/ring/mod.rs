@@ -257,10 +257,7 @@ impl Ring {
         entry.orphan = true;
         entry.waker = None;
         // what waits for a peer may wait for ever: files finish by themselves
-        if matches!(
-            entry.raw,
-            Some(RawOp::Accept { .. } | RawOp::Recv { .. } | RawOp::PollIn { .. })
-        ) {
+        if matches!(entry.raw, Some(RawOp::Accept { .. } | RawOp::Recv { .. })) {
             self.backend.cancel(user_data(key, 0));
         }
         None

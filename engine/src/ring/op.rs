@@ -43,6 +43,4 @@ pub(crate) enum RawOp {
     SendMsg { fd: i32, msg: *const libc::msghdr },
     /// accept4(2) with SOCK_CLOEXEC.
     Accept { fd: i32 },
-    /// poll(2) for input, once.
-    PollIn { fd: i32 },
 }

@@ -208,7 +208,6 @@ impl Backend for Uring {
                     .flags(libc::SOCK_CLOEXEC)
                     .build()
             }
-            RawOp::PollIn { fd } => opcode::PollAdd::new(types::Fd(fd), libc::POLLIN as u32).build(),
         };
         self.queue(entry.user_data(user_data));
     }
