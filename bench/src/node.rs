@@ -50,47 +50,20 @@ pub async fn leaf(below: Below) -> Result<Root, Error> {
     let open: ringblock_engine::driver::OpenFn = Box::new(move |_cx| {
         Box::pin(async move {
             let (leaf, size) = match below {
-                Below::Null => (
-                    Leaf::Null {
-                        read_zeroes: false,
-                        latency_ns: 0,
-                    },
-                    1 << 30,
-                ),
+                Below::Null => (Leaf::Null { read_zeroes: false, latency_ns: 0 }, 1 << 30),
                 Below::File { path, direct } => {
-                    let options = OpenOptions {
-                        expect: Expect::Any,
-                        access: Access::ReadWrite,
-                        direct,
-                    };
+                    let options = OpenOptions { expect: Expect::Any, access: Access::ReadWrite, direct };
                     let file = File::open(&path, options).await?;
                     let size = file.size().await?;
                     (Leaf::File(file), size)
                 }
             };
-            Ok(Opened {
-                driver: Arc::new(Plain { leaf, size }),
-                owner: None,
-            })
+            Ok(Opened { driver: Arc::new(Plain { leaf, size }), owner: None })
         })
     });
-    let spec = NodeSpec {
-        name: None,
-        common: Common::default(),
-        home: Some(0),
-        config: Arc::new(()),
-        open,
-    };
+    let spec = NodeSpec { name: None, common: Common::default(), home: Some(0), config: Arc::new(()), open };
     let node = graph.add(spec).await?;
     let user = "a benchmark".to_owned();
     let perms = perm::CONSISTENT_READ | perm::WRITE;
-    graph
-        .attach(RootSpec {
-            node,
-            perm: perms,
-            shared: perm::ALL,
-            user,
-            throttle: None,
-        })
-        .await
+    graph.attach(RootSpec { node, perm: perms, shared: perm::ALL, user, throttle: None }).await
 }

@@ -103,17 +103,11 @@ impl Core {
 
     /// The core this thread is, if it is one.
     pub fn try_current() -> Option<Rc<Core>> {
-        CURRENT
-            .try_with(|c| c.try_borrow().ok().and_then(|c| c.clone()))
-            .ok()
-            .flatten()
+        CURRENT.try_with(|c| c.try_borrow().ok().and_then(|c| c.clone())).ok().flatten()
     }
 
     pub(crate) fn try_with_current<R>(f: impl FnOnce(&Rc<Core>) -> R) -> Option<R> {
-        CURRENT
-            .try_with(|c| c.try_borrow().ok().and_then(|c| c.as_ref().map(f)))
-            .ok()
-            .flatten()
+        CURRENT.try_with(|c| c.try_borrow().ok().and_then(|c| c.as_ref().map(f))).ok().flatten()
     }
 
     /// Makes this the current core while `f` runs: for the core's thread, and for the simulator's turns.
@@ -177,8 +171,14 @@ impl Core {
     {
         let (tx, rx) = oneshot();
         self.engine.pool.run(Box::new(move || tx.send(f())));
-        rx.await
-            .expect("the pool runs every job, and none of ours panics")
+        rx.await.expect("the pool runs every job, and none of ours panics")
+    }
+
+    /// Tells the program of something.
+    pub fn emit(&self, event: crate::event::Event) {
+        if let Some(listener) = &*self.engine.listener.lock().unwrap_or_else(|e| e.into_inner()) {
+            listener(event);
+        }
     }
 
     /// Sends a message to a core, from this one. What does not fit waits here.
@@ -219,11 +219,7 @@ impl Core {
 
     /// The state of type `T` that belongs to this core, made on first use.
     pub fn local<T: Any + Default>(&self) -> Rc<T> {
-        let found = self
-            .locals
-            .borrow()
-            .iter()
-            .find_map(|l| l.clone().downcast::<T>().ok());
+        let found = self.locals.borrow().iter().find_map(|l| l.clone().downcast::<T>().ok());
         found.unwrap_or_else(|| {
             let made: Rc<T> = Rc::default();
             self.locals.borrow_mut().push(made.clone());
@@ -311,10 +307,7 @@ impl Core {
     /// How long the core may sleep: until its next timer, at most.
     fn idle_time(&self) -> Duration {
         const LONG: u64 = 3_600_000_000_000;
-        let wait = self
-            .timers
-            .earliest()
-            .map_or(LONG, |at| at.saturating_sub(self.clock.now()));
+        let wait = self.timers.earliest().map_or(LONG, |at| at.saturating_sub(self.clock.now()));
         Duration::from_nanos(wait.min(LONG))
     }
 

@@ -289,19 +289,9 @@ pub struct Flags {
 
 impl Flags {
     /// No modifier.
-    pub const NONE: Flags = Flags {
-        fua: false,
-        may_unmap: false,
-        no_fallback: false,
-        compressed: false,
-    };
+    pub const NONE: Flags = Flags { fua: false, may_unmap: false, no_fallback: false, compressed: false };
     /// Only FUA.
-    pub const FUA: Flags = Flags {
-        fua: true,
-        may_unmap: false,
-        no_fallback: false,
-        compressed: false,
-    };
+    pub const FUA: Flags = Flags { fua: true, may_unmap: false, no_fallback: false, compressed: false };
 }
 
 /// One request on its way through a node. Reads and writes carry `len` bytes in `buf`.
@@ -452,25 +442,13 @@ pub trait Driver: Send + Sync {
         let len = range.end - range.start;
         let at = Some(range.start);
         Box::pin(async move {
-            Ok(Status {
-                len,
-                data: true,
-                zero: false,
-                allocated: true,
-                encoded: false,
-                offset: at,
-            })
+            Ok(Status { len, data: true, zero: false, allocated: true, encoded: false, offset: at })
         })
     }
 
     /// Changes the size, for drivers that are not [`Kind::Map`].
     fn truncate(&self, _size: u64, _prealloc: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(async {
-            Err(Error::new(
-                Errno::ENOTSUP,
-                "Image format driver does not support resize",
-            ))
-        })
+        Box::pin(async { Err(Error::new(Errno::ENOTSUP, "Image format driver does not support resize")) })
     }
 
     /// Gets ready to hold these cumulated permissions (locks, a writable descriptor). Exactly one of `set_perm_commit`

@@ -14,6 +14,7 @@ use std::thread::JoinHandle;
 use crate::core::Core;
 use crate::driver::LocalFuture;
 use crate::error::{Errno, Error};
+use crate::event::{Event, Listener};
 use crate::exec;
 use crate::host::{Clock, Host};
 use crate::inbox::{CoreShared, Msg};
@@ -28,6 +29,7 @@ pub(crate) struct EngineShared {
     pub(crate) pool: Pool,
     pub(crate) host: Host,
     pub(crate) slots: Mutex<Slots>,
+    pub(crate) listener: Mutex<Option<Listener>>,
 }
 
 /// Free registered-file slots.
@@ -64,12 +66,7 @@ pub struct Config {
 
 impl Default for Config {
     fn default() -> Config {
-        Config {
-            cores: 0,
-            pin: true,
-            arena: 4 << 20,
-            blocking_threads: 8,
-        }
+        Config { cores: 0, pin: true, arena: 4 << 20, blocking_threads: 8 }
     }
 }
 
@@ -89,26 +86,17 @@ impl Engine {
     pub fn start(config: &Config) -> Result<Engine, Error> {
         let cpus = crate::host::linux::cpu::allowed()
             .map_err(|e| Error::io(e, "Could not read the CPU affinity"))?;
-        let count = if config.cores == 0 {
-            cpus.len()
-        } else {
-            config.cores
-        }
-        .clamp(1, 256);
-        let cores = (0..count)
-            .map(|i| CoreShared::new(i).map(Arc::new))
-            .collect::<io::Result<Vec<_>>>();
+        let count = if config.cores == 0 { cpus.len() } else { config.cores }.clamp(1, 256);
+        let cores = (0..count).map(|i| CoreShared::new(i).map(Arc::new)).collect::<io::Result<Vec<_>>>();
         let cores = cores.map_err(|e| Error::io(Errno::of(&e), "Could not create an eventfd"))?;
         let shared = Arc::new(EngineShared {
             cores,
             pool: Pool::new(config.blocking_threads),
             host: Host::Linux,
             slots: Mutex::default(),
+            listener: Mutex::default(),
         });
-        let running = Arc::new(Running {
-            shared: shared.clone(),
-            threads: Mutex::default(),
-        });
+        let running = Arc::new(Running { shared: shared.clone(), threads: Mutex::default() });
         let engine = Engine { running };
         let clock = Clock::Real(std::time::Instant::now());
         for i in 0..count {
@@ -137,16 +125,15 @@ impl Engine {
                 Err(e) => tx.send(Err(e)),
             }
         };
-        let thread = std::thread::Builder::new()
-            .name(format!("rb-core-{index}"))
-            .spawn(body);
+        let thread = std::thread::Builder::new().name(format!("rb-core-{index}")).spawn(body);
         let thread = thread.map_err(|e| Error::io(Errno::of(&e), "Could not start a core's thread"))?;
-        self.running
-            .threads
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .push(thread);
+        self.running.threads.lock().unwrap_or_else(|e| e.into_inner()).push(thread);
         block_on(rx).unwrap_or_else(|| Err(Error::new(Errno::EIO, "A core's thread died while starting")))
+    }
+
+    /// Has `listener` told of events, on the core where they happen; it must not block. Replaces an earlier one.
+    pub fn on_event(&self, listener: impl Fn(Event) + Send + 'static) {
+        *self.running.shared.listener.lock().unwrap_or_else(|e| e.into_inner()) = Some(Box::new(listener));
     }
 
     /// Number of cores.

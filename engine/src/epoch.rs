@@ -44,10 +44,7 @@ pub(crate) struct BarrierMsg {
 pub(crate) async fn barrier(kind: Barrier) {
     let core = Core::current();
     let cores = &core.engine.cores;
-    let msg = Arc::new(BarrierMsg {
-        kind,
-        done: Countdown::new(cores.len()),
-    });
+    let msg = Arc::new(BarrierMsg { kind, done: Countdown::new(cores.len()) });
     for target in cores {
         core.send(target, Msg::Barrier(msg.clone()));
     }
@@ -79,10 +76,7 @@ impl Epochs {
     pub(crate) fn pin(self: &Rc<Epochs>) -> Pin {
         let parity = self.parity.get();
         self.pins[parity].set(self.pins[parity].get() + 1);
-        Pin {
-            epochs: self.clone(),
-            parity,
-        }
+        Pin { epochs: self.clone(), parity }
     }
 
     fn start(&self, msg: &Arc<BarrierMsg>) {
@@ -156,18 +150,12 @@ mod tests {
     use std::task::{Context, Poll, Waker};
 
     fn msg() -> Arc<BarrierMsg> {
-        Arc::new(BarrierMsg {
-            kind: Barrier::Tick,
-            done: Countdown::new(1),
-        })
+        Arc::new(BarrierMsg { kind: Barrier::Tick, done: Countdown::new(1) })
     }
 
     fn done(m: &BarrierMsg) -> bool {
         let wait = std::pin::pin!(m.done.wait());
-        matches!(
-            wait.poll(&mut Context::from_waker(Waker::noop())),
-            Poll::Ready(())
-        )
+        matches!(wait.poll(&mut Context::from_waker(Waker::noop())), Poll::Ready(()))
     }
 
     use std::future::Future;

@@ -93,11 +93,7 @@ pub struct Error {
 impl Error {
     /// An error with a message of its own.
     pub fn new(errno: Errno, message: impl Into<String>) -> Error {
-        Error {
-            errno,
-            class: ErrorClass::GenericError,
-            message: message.into(),
-        }
+        Error { errno, class: ErrorClass::GenericError, message: message.into() }
     }
 
     /// `EINVAL` with a message: the usual answer to a bad option.
@@ -146,10 +142,7 @@ mod tests {
     fn texts_are_those_of_strerror() {
         assert_eq!(Errno::ENOENT.text(), "No such file or directory");
         let e = Error::io(Errno::EACCES, "Could not open 'x'").context("Could not open backing file");
-        assert_eq!(
-            e.to_string(),
-            "Could not open backing file: Could not open 'x': Permission denied"
-        );
+        assert_eq!(e.to_string(), "Could not open backing file: Could not open 'x': Permission denied");
     }
 
     /// Goal: kernel results map to errors. Method: the three kinds.

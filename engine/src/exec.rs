@@ -57,12 +57,8 @@ fn pack(slot: u16, index: usize, generation: u32) -> usize {
         as usize
 }
 
-static VTABLE: RawWakerVTable = RawWakerVTable::new(
-    |data| RawWaker::new(data, &VTABLE),
-    wake_packed,
-    wake_packed,
-    |_| {},
-);
+static VTABLE: RawWakerVTable =
+    RawWakerVTable::new(|data| RawWaker::new(data, &VTABLE), wake_packed, wake_packed, |_| {});
 
 fn waker(packed: usize) -> Waker {
     // SAFETY: the vtable's functions treat the data as a number and never as an address; all are thread-safe.
@@ -77,12 +73,7 @@ fn wake_packed(data: *const ()) {
     if local {
         return;
     }
-    let target = SLOTS
-        .lock()
-        .unwrap_or_else(|e| e.into_inner())
-        .get(slot)
-        .cloned()
-        .flatten();
+    let target = SLOTS.lock().unwrap_or_else(|e| e.into_inner()).get(slot).cloned().flatten();
     if let Some(target) = target {
         Core::send_from_anywhere(&target, Msg::Wake(packed as u64));
     }
@@ -109,11 +100,7 @@ trait HasVTable {
 }
 
 impl<F: Future<Output = ()>> HasVTable for F {
-    const VTABLE: VTable = VTable {
-        poll: poll_raw::<F>,
-        drop: drop_raw::<F>,
-        layout: Memory::layout::<F>(),
-    };
+    const VTABLE: VTable = VTable { poll: poll_raw::<F>, drop: drop_raw::<F>, layout: Memory::layout::<F>() };
 }
 
 /// A future in recycled memory. It is never moved from `spawn` to its drop.
@@ -137,11 +124,7 @@ impl Memory {
     const fn layout<F>() -> Layout {
         let size = size_of::<F>().next_multiple_of(CLASS);
         let size = if size == 0 { CLASS } else { size };
-        let align = if align_of::<F>() > CLASS {
-            align_of::<F>()
-        } else {
-            CLASS
-        };
+        let align = if align_of::<F>() > CLASS { align_of::<F>() } else { CLASS };
         match Layout::from_size_align(size, align) {
             Ok(l) => l,
             Err(_) => panic!("a future larger than the address space"),
@@ -230,10 +213,7 @@ impl Exec {
         let ptr = self.memory.borrow_mut().take(layout);
         // SAFETY: fresh memory of F's size and alignment.
         unsafe { ptr.cast::<F>().write(future) };
-        let task = RawTask {
-            ptr,
-            vtable: &<F as HasVTable>::VTABLE,
-        };
+        let task = RawTask { ptr, vtable: &<F as HasVTable>::VTABLE };
         let mut places = self.places.borrow_mut();
         let index = self.free.borrow_mut().pop().unwrap_or_else(|| {
             places.push(Place::default());
@@ -294,10 +274,7 @@ impl Exec {
             let mut places = self.places.borrow_mut();
             let place = &mut places[index as usize];
             place.queued = false;
-            (
-                place.task.take(),
-                pack(self.slot, index as usize, place.generation),
-            )
+            (place.task.take(), pack(self.slot, index as usize, place.generation))
         };
         let Some(task) = task else { return true };
         let waker = waker(packed);

@@ -26,9 +26,7 @@ pub struct Parking {
 
 impl Default for Parking {
     fn default() -> Parking {
-        Parking {
-            parked: AtomicBool::new(false),
-        }
+        Parking { parked: AtomicBool::new(false) }
     }
 }
 
@@ -99,12 +97,7 @@ mod queue {
             }
             // SAFETY: a new descriptor that nobody else owns.
             let wake = unsafe { OwnedFd::from_raw_fd(fd) };
-            Ok(CoreShared {
-                index,
-                queue: ArrayQueue::new(INBOX),
-                parking: Parking::default(),
-                wake,
-            })
+            Ok(CoreShared { index, queue: ArrayQueue::new(INBOX), parking: Parking::default(), wake })
         }
 
         /// The descriptor that becomes readable on a wake-up.

@@ -13,6 +13,7 @@ pub mod driver;
 pub mod engine;
 pub mod epoch;
 pub mod error;
+pub mod event;
 mod exec;
 pub mod graph;
 pub mod host;

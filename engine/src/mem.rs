@@ -43,18 +43,10 @@ impl Arena {
     /// Reserves `size` bytes (rounded up to 256 KiB). The pages are touched first when they are used or registered.
     pub(crate) fn new(size: usize) -> Option<Arc<Arena>> {
         let size = size.next_multiple_of(ALIGN << (CLASSES - 1));
-        let layout = Layout::from_size_align(size, ALIGN).ok()?;
-        // SAFETY: the layout has a non-zero size (rounded up from at least one piece by the caller's configuration).
-        let base = NonNull::new(if size == 0 {
-            return None;
-        } else {
-            unsafe { alloc::alloc_zeroed(layout) }
-        })?;
-        Some(Arc::new(Arena {
-            base,
-            size,
-            returned: ArrayQueue::new(size / ALIGN),
-        }))
+        let layout = Layout::from_size_align(size, ALIGN).ok().filter(|l| l.size() > 0)?;
+        // SAFETY: the layout's size is not zero.
+        let base = NonNull::new(unsafe { alloc::alloc_zeroed(layout) })?;
+        Some(Arc::new(Arena { base, size, returned: ArrayQueue::new(size / ALIGN) }))
     }
 
     /// Start and length, for registering with a ring.
@@ -84,11 +76,7 @@ thread_local! {
 
 /// Gives the current thread a pool on `arena`; `None` takes it away.
 pub(crate) fn set_pool(arena: Option<Arc<Arena>>) {
-    POOL.set(arena.map(|arena| Pool {
-        arena,
-        free: Default::default(),
-        bump: 0,
-    }));
+    POOL.set(arena.map(|arena| Pool { arena, free: Default::default(), bump: 0 }));
 }
 
 impl Pool {
@@ -159,12 +147,7 @@ impl Buf {
             if let Some((off, arena)) = piece {
                 // SAFETY: `off` is inside the arena (see `take`), so the sum stays in its allocation.
                 let ptr = unsafe { arena.base.add(off as usize) };
-                return Buf {
-                    ptr,
-                    len,
-                    cap: 1 << bits,
-                    home: Home::Arena(arena, class as u8),
-                };
+                return Buf { ptr, len, cap: 1 << bits, home: Home::Arena(arena, class as u8) };
             }
         }
         Buf::heap(len)
@@ -191,15 +174,8 @@ impl Buf {
         let layout = Layout::from_size_align(cap, ALIGN).expect("lengths are bounded far below isize::MAX");
         // SAFETY: `cap` is at least ALIGN.
         let ptr = unsafe { alloc::alloc_zeroed(layout) };
-        let Some(ptr) = NonNull::new(ptr) else {
-            alloc::handle_alloc_error(layout)
-        };
-        Buf {
-            ptr,
-            len,
-            cap,
-            home: Home::Heap,
-        }
+        let Some(ptr) = NonNull::new(ptr) else { alloc::handle_alloc_error(layout) };
+        Buf { ptr, len, cap, home: Home::Heap }
     }
 
     /// Bytes it can hold without another allocation.

@@ -55,10 +55,7 @@ impl Listener {
     /// Waits for a client. The descriptor is for [`Socket::new`] on whichever core serves the client.
     pub async fn accept(&self) -> Result<OwnedFd, Errno> {
         use std::os::fd::FromRawFd;
-        let fd = ring::plain(RawOp::Accept {
-            fd: self.0.as_raw_fd(),
-        })
-        .await?;
+        let fd = ring::plain(RawOp::Accept { fd: self.0.as_raw_fd() }).await?;
         // SAFETY: a new descriptor that nobody else owns.
         Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
     }

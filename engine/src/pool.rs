@@ -28,10 +28,7 @@ pub(crate) struct Pool {
 impl Pool {
     /// A pool of up to `max` threads.
     pub(crate) fn new(max: usize) -> Pool {
-        Pool {
-            inner: Some(Arc::default()),
-            max: max.max(1),
-        }
+        Pool { inner: Some(Arc::default()), max: max.max(1) }
     }
 
     /// A pool that runs every job at once on the caller: for the simulator, where time stands still meanwhile.
@@ -51,9 +48,7 @@ impl Pool {
         } else if state.threads < self.max {
             state.threads += 1;
             let shared = inner.clone();
-            let started = std::thread::Builder::new()
-                .name("rb-blocking".into())
-                .spawn(move || work(&shared));
+            let started = std::thread::Builder::new().name("rb-blocking".into()).spawn(move || work(&shared));
             if started.is_err() {
                 state.threads -= 1;
                 if state.threads == 0
@@ -77,10 +72,7 @@ fn work(shared: &(Mutex<State>, Condvar)) {
             continue;
         }
         state.idle += 1;
-        let (back, timeout) = shared
-            .1
-            .wait_timeout(state, LINGER)
-            .unwrap_or_else(|e| e.into_inner());
+        let (back, timeout) = shared.1.wait_timeout(state, LINGER).unwrap_or_else(|e| e.into_inner());
         state = back;
         state.idle -= 1;
         if timeout.timed_out() && state.queue.is_empty() {

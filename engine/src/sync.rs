@@ -28,11 +28,7 @@ pub struct Receiver<T>(Arc<std::sync::Mutex<Shot<T>>>);
 
 /// A one-shot channel.
 pub fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
-    let shot = Arc::new(std::sync::Mutex::new(Shot {
-        value: None,
-        waker: None,
-        closed: false,
-    }));
+    let shot = Arc::new(std::sync::Mutex::new(Shot { value: None, waker: None, closed: false }));
     (Sender(shot.clone()), Receiver(shot))
 }
 
@@ -107,10 +103,7 @@ pub struct Countdown {
 impl Countdown {
     /// Waits for `n` calls of [`Countdown::ack`].
     pub fn new(n: usize) -> Countdown {
-        Countdown {
-            left: AtomicUsize::new(n),
-            waker: std::sync::Mutex::new(None),
-        }
+        Countdown { left: AtomicUsize::new(n), waker: std::sync::Mutex::new(None) }
     }
 
     /// One part is done.
@@ -184,19 +177,13 @@ pub struct Guard<'a, T> {
 impl<T> Mutex<T> {
     /// A mutex around `value`.
     pub fn new(value: T) -> Mutex<T> {
-        Mutex {
-            turn: Semaphore::new(1),
-            value: RefCell::new(value),
-        }
+        Mutex { turn: Semaphore::new(1), value: RefCell::new(value) }
     }
 
     /// Waits for its turn.
     pub async fn lock(&self) -> Guard<'_, T> {
         self.turn.acquire(1).await;
-        Guard {
-            value: Some(self.value.borrow_mut()),
-            turn: &self.turn,
-        }
+        Guard { value: Some(self.value.borrow_mut()), turn: &self.turn }
     }
 }
 
@@ -238,11 +225,7 @@ pub struct Semaphore {
 impl Semaphore {
     /// `n` permits.
     pub fn new(n: usize) -> Semaphore {
-        Semaphore {
-            free: Cell::new(n),
-            next: Cell::new(0),
-            queue: RefCell::default(),
-        }
+        Semaphore { free: Cell::new(n), next: Cell::new(0), queue: RefCell::default() }
     }
 
     /// Takes permits at once, if nobody waits and they are there.
@@ -256,11 +239,7 @@ impl Semaphore {
 
     /// Waits for `n` permits. Dropping the future gives its place (or its permits) back.
     pub fn acquire(&self, n: usize) -> Acquire<'_> {
-        Acquire {
-            semaphore: self,
-            need: n,
-            id: None,
-        }
+        Acquire { semaphore: self, need: n, id: None }
     }
 
     /// Gives permits back.
@@ -302,12 +281,7 @@ impl Future for Acquire<'_> {
             }
             let id = sem.next.get();
             sem.next.set(id + 1);
-            let waiter = Waiter {
-                id,
-                need: self.need,
-                waker: cx.waker().clone(),
-                granted: false,
-            };
+            let waiter = Waiter { id, need: self.need, waker: cx.waker().clone(), granted: false };
             sem.queue.borrow_mut().push_back(waiter);
             self.id = Some(id);
             return Poll::Pending;
@@ -332,10 +306,7 @@ impl Drop for Acquire<'_> {
         let Some(id) = self.id else { return };
         let waiter = {
             let mut queue = self.semaphore.queue.borrow_mut();
-            queue
-                .iter()
-                .position(|w| w.id == id)
-                .and_then(|at| queue.remove(at))
+            queue.iter().position(|w| w.id == id).and_then(|at| queue.remove(at))
         };
         match waiter {
             Some(w) if w.granted => self.semaphore.release(w.need),

@@ -66,13 +66,7 @@ pub struct Group {
 impl Group {
     /// A group with these limits and empty buckets.
     pub fn new(config: Config) -> Group {
-        Group {
-            state: Mutex::new(State {
-                config,
-                buckets: Default::default(),
-                leaked_at: 0,
-            }),
-        }
+        Group { state: Mutex::new(State { config, buckets: Default::default(), leaked_at: 0 }) }
     }
 
     /// Replaces the limits and empties the buckets.
@@ -99,17 +93,10 @@ impl Group {
         if wait > 0.0 {
             return Err(now + (wait * 1e9).ceil() as u64);
         }
-        let ops = if s.config.iops_size > 0 {
-            (bytes as f64 / s.config.iops_size as f64).max(1.0)
-        } else {
-            1.0
-        };
+        let ops =
+            if s.config.iops_size > 0 { (bytes as f64 / s.config.iops_size as f64).max(1.0) } else { 1.0 };
         for k in kinds {
-            let units = if (k as usize) < Kind::OpsTotal as usize {
-                bytes as f64
-            } else {
-                ops
-            };
+            let units = if (k as usize) < Kind::OpsTotal as usize { bytes as f64 } else { ops };
             s.buckets[k as usize].level += units;
             s.buckets[k as usize].burst += units;
         }
@@ -123,11 +110,7 @@ impl State {
         self.leaked_at = self.leaked_at.max(now);
         for (b, r) in self.buckets.iter_mut().zip(&self.config.rates) {
             b.level = (b.level - r.avg * dt).max(0.0);
-            b.burst = if r.length > 1.0 {
-                (b.burst - r.max * dt).max(0.0)
-            } else {
-                0.0
-            };
+            b.burst = if r.length > 1.0 { (b.burst - r.max * dt).max(0.0) } else { 0.0 };
         }
     }
 
@@ -137,21 +120,13 @@ impl State {
         if r.avg <= 0.0 {
             return 0.0;
         }
-        let capacity = if r.max > 0.0 {
-            r.max * r.length.max(1.0)
-        } else {
-            r.avg / 10.0
-        };
+        let capacity = if r.max > 0.0 { r.max * r.length.max(1.0) } else { r.avg / 10.0 };
         let extra = b.level - capacity;
         if extra > 0.0 {
             return extra / r.avg;
         }
         let burst = b.burst - r.max / 10.0;
-        if r.length > 1.0 && burst > 0.0 {
-            burst / r.max
-        } else {
-            0.0
-        }
+        if r.length > 1.0 && burst > 0.0 { burst / r.max } else { 0.0 }
     }
 }
 
@@ -188,10 +163,7 @@ mod tests {
             (200, rate(200.0, 0.0, 1.0), 0.9),
         ] {
             let got = time_for(n, r);
-            assert!(
-                (got - want).abs() <= 0.15,
-                "{n} operations at {r:?}: {got} s, expected {want} s"
-            );
+            assert!((got - want).abs() <= 0.15, "{n} operations at {r:?}: {got} s, expected {want} s");
         }
     }
 }

@@ -49,11 +49,7 @@ pub struct Sleep {
 impl Sleep {
     /// Until `at` ns of [`Core::now`].
     pub fn until(at: u64) -> Sleep {
-        Sleep {
-            core: Core::current(),
-            at,
-            key: None,
-        }
+        Sleep { core: Core::current(), at, key: None }
     }
 
     /// For `ns` nanoseconds from now.

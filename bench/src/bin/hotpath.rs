@@ -6,10 +6,7 @@ use ringblock_engine::{Config, Engine};
 fn cpu() -> (f64, f64) {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let field = |n: usize| {
-        stat.rsplit(')')
-            .next()
-            .and_then(|s| s.split_whitespace().nth(n))
-            .and_then(|s| s.parse().ok())
+        stat.rsplit(')').next().and_then(|s| s.split_whitespace().nth(n)).and_then(|s| s.parse().ok())
     };
     (field(11).unwrap_or(0.0) / 100.0, field(12).unwrap_or(0.0) / 100.0)
 }
@@ -22,30 +19,14 @@ fn main() {
     let direct = args.get(4).is_some_and(|a| a == "direct");
     let below = match path {
         "null" => Below::Null,
-        p => Below::File {
-            path: p.into(),
-            direct,
-        },
+        p => Below::File { path: p.into(), direct },
     };
-    let engine = Engine::start(&Config {
-        cores: 1,
-        ..Config::default()
-    })
-    .expect("start");
+    let engine = Engine::start(&Config { cores: 1, ..Config::default() }).expect("start");
     let before = cpu();
     let (n, ns) = engine.run(0, move || {
         Box::pin(async move {
             let root = leaf(below).await.expect("open");
-            run(
-                root,
-                Load {
-                    write,
-                    size: 4096,
-                    depth,
-                    duration: 2_000_000_000,
-                },
-            )
-            .await
+            run(root, Load { write, size: 4096, depth, duration: 2_000_000_000 }).await
         })
     });
     let after = cpu();

@@ -75,7 +75,6 @@ struct RootNode {
 
 #[derive(Default)]
 struct State {
-    version: u64,
     nodes: BTreeMap<NodeId, Node>,
     roots: BTreeMap<RootId, RootNode>,
     generated: u64,
@@ -90,11 +89,7 @@ pub struct Graph {
 
 impl Default for Graph {
     fn default() -> Graph {
-        Graph {
-            state: RefCell::default(),
-            change: sync::Semaphore::new(1),
-            next_home: Cell::new(0),
-        }
+        Graph { state: RefCell::default(), change: sync::Semaphore::new(1), next_home: Cell::new(0) }
     }
 }
 
@@ -121,21 +116,13 @@ impl Graph {
     }
 
     fn find(&self, name: &str) -> Option<NodeId> {
-        self.state
-            .borrow()
-            .nodes
-            .iter()
-            .find(|(_, n)| n.name == name)
-            .map(|(id, _)| *id)
+        self.state.borrow().nodes.iter().find(|(_, n)| n.name == name).map(|(id, _)| *id)
     }
 
     /// The node with this name. Error text as QEMU's commands give it.
     pub fn lookup(&self, name: &str) -> Result<NodeId, Error> {
         self.find(name).ok_or_else(|| {
-            Error::new(
-                Errno::ENODEV,
-                format!("Cannot find device='{name}' nor node-name='{name}'"),
-            )
+            Error::new(Errno::ENODEV, format!("Cannot find device='{name}' nor node-name='{name}'"))
         })
     }
 
@@ -164,12 +151,7 @@ impl Graph {
     }
 
     async fn del_locked(self: &Rc<Graph>, name: &str) -> Result<(), Error> {
-        let missing = || {
-            Error::new(
-                Errno::ENODEV,
-                format!("Failed to find node with node-name='{name}'"),
-            )
-        };
+        let missing = || Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{name}'"));
         let id = self.find(name).ok_or_else(missing)?;
         {
             let mut state = self.state.borrow_mut();
@@ -179,10 +161,7 @@ impl Graph {
             let has_parents = state.has_parents(id);
             let node = state.nodes.get_mut(&id).ok_or_else(missing)?;
             if !node.monitor {
-                return Err(Error::new(
-                    Errno::EBUSY,
-                    format!("Node {name} is not owned by the monitor"),
-                ));
+                return Err(Error::new(Errno::EBUSY, format!("Node {name} is not owned by the monitor")));
             }
             if has_parents {
                 return Err(Error::new(Errno::EBUSY, format!("Block device {name} is in use")));
@@ -253,22 +232,9 @@ impl Graph {
             if writable && state.nodes.get(&node).is_some_and(|n| n.flags.read_only) {
                 return Err(Error::new(Errno::EACCES, "Block node is read-only"));
             }
-            let id = (0..)
-                .map(RootId)
-                .find(|id| !state.roots.contains_key(id))
-                .ok_or(Errno::ENOMEM)?;
+            let id = (0..).map(RootId).find(|id| !state.roots.contains_key(id)).ok_or(Errno::ENOMEM)?;
             let (perm, shared, user, throttle) = (spec.perm, spec.shared, spec.user, spec.throttle);
-            state.roots.insert(
-                id,
-                RootNode {
-                    node,
-                    perm,
-                    shared,
-                    user,
-                    writable,
-                    throttle,
-                },
-            );
+            state.roots.insert(id, RootNode { node, perm, shared, user, writable, throttle });
             id
         };
         if let Err(e) = self.refresh_perms().await {
@@ -292,10 +258,7 @@ impl Graph {
         let core = Core::current();
         for index in 0..core.count() {
             let id = root.id();
-            core.call(index, move || {
-                Box::pin(async move { Core::current().forget_root(id) })
-            })
-            .await;
+            core.call(index, move || Box::pin(async move { Core::current().forget_root(id) })).await;
         }
         self.change.release(1);
         result
@@ -337,12 +300,7 @@ impl Graph {
     /// All roots whose requests may reach a node.
     fn roots_above(&self, node: NodeId) -> Arc<[RootId]> {
         let state = self.state.borrow();
-        state
-            .roots
-            .iter()
-            .filter(|(_, r)| state.reaches(r.node, node))
-            .map(|(id, _)| *id)
-            .collect()
+        state.roots.iter().filter(|(_, r)| state.reaches(r.node, node)).map(|(id, _)| *id).collect()
     }
 
     /// Applies new options to several nodes, all or nothing. Nodes are drained and flushed first.
@@ -384,11 +342,7 @@ impl Graph {
             }
             let mut state = self.state.borrow_mut();
             for item in items {
-                if let Some(id) = state
-                    .nodes
-                    .iter()
-                    .find(|(_, n)| n.name == item.name)
-                    .map(|(id, _)| *id)
+                if let Some(id) = state.nodes.iter().find(|(_, n)| n.name == item.name).map(|(id, _)| *id)
                     && let Some(node) = state.nodes.get_mut(&id)
                 {
                     node.config = item.config;
@@ -413,12 +367,8 @@ impl Graph {
         item: &Reopen,
         undo: &mut Vec<(NodeId, NodeFlags, Common)>,
     ) -> Result<Prepared, Error> {
-        let missing = || {
-            Error::new(
-                Errno::ENODEV,
-                format!("Failed to find node with node-name='{}'", item.name),
-            )
-        };
+        let missing =
+            || Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{}'", item.name));
         let id = self.find(&item.name).ok_or_else(missing)?;
         path::flush_node(id)
             .await
@@ -428,10 +378,7 @@ impl Graph {
             let used_for_writing = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
             let node = state.nodes.get_mut(&id).ok_or_else(missing)?;
             if item.flags.read_only && !node.flags.read_only && used_for_writing {
-                let text = format!(
-                    "Read-only block node '{}' cannot support read-write users",
-                    item.name
-                );
+                let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
                 return Err(Error::new(Errno::EPERM, text));
             }
             undo.push((id, node.flags, node.common));
@@ -451,7 +398,7 @@ impl Graph {
 
     /// Sends the current state of the graph to every core.
     async fn install(self: &Rc<Graph>) {
-        let view = self.state.borrow_mut().view();
+        let view = self.state.borrow().view();
         barrier(Barrier::Install(Arc::new(view))).await;
     }
 
@@ -498,9 +445,7 @@ pub struct Prepared {
 
 impl State {
     fn has_parents(&self, id: NodeId) -> bool {
-        self.nodes
-            .values()
-            .any(|n| n.edges.iter().any(|e| e.node == Some(id)))
+        self.nodes.values().any(|n| n.edges.iter().any(|e| e.node == Some(id)))
     }
 
     fn reaches(&self, from: NodeId, to: NodeId) -> bool {
@@ -516,18 +461,11 @@ impl State {
         let held = |id: NodeId, n: &Node| {
             n.monitor || self.has_parents(id) || self.roots.values().any(|r| r.node == id)
         };
-        self.nodes
-            .iter()
-            .find(|(id, n)| !held(**id, n))
-            .map(|(id, _)| *id)
+        self.nodes.iter().find(|(id, n)| !held(**id, n)).map(|(id, _)| *id)
     }
 
-    fn view(&mut self) -> View {
-        self.version += 1;
-        let mut view = View {
-            version: self.version,
-            ..View::default()
-        };
+    fn view(&self) -> View {
+        let mut view = View::default();
         let last = self.nodes.keys().next_back().map_or(0, |id| id.0 as usize + 1);
         view.nodes.resize_with(last, || None);
         for (id, n) in &self.nodes {
@@ -545,11 +483,7 @@ impl State {
         let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);
         view.roots.resize_with(last, || None);
         for (id, r) in &self.roots {
-            let root = RootView {
-                node: r.node,
-                writable: r.writable,
-                throttle: r.throttle.clone(),
-            };
+            let root = RootView { node: r.node, writable: r.writable, throttle: r.throttle.clone() };
             view.roots[id.0 as usize] = Some(root);
         }
         view

@@ -130,11 +130,7 @@ impl OpenCx {
             let ix = {
                 let mut state = graph.state.borrow_mut();
                 let me = state.nodes.get_mut(&cx.node).ok_or(Errno::ENOMEDIUM)?;
-                me.edges.push(Edge {
-                    name: edge,
-                    role,
-                    node: Some(child),
-                });
+                me.edges.push(Edge { name: edge, role, node: Some(child) });
                 u8::try_from(me.edges.len() - 1).map_err(|_| Error::invalid("Too many children"))?
             };
             graph.refresh_perms().await?;
@@ -180,10 +176,7 @@ fn check_name(graph: &Graph, name: &str) -> Result<(), Error> {
         return Err(Error::invalid("Node name too long"));
     }
     if graph.find(name).is_some() {
-        return Err(Error::new(
-            Errno::EEXIST,
-            format!("Duplicate nodes with node-name='{name}'"),
-        ));
+        return Err(Error::new(Errno::EEXIST, format!("Duplicate nodes with node-name='{name}'")));
     }
     Ok(())
 }
@@ -217,11 +210,7 @@ async fn open_node(graph: &Rc<Graph>, spec: NodeSpec, depth: usize) -> Result<No
         check_name(graph, name)?;
     }
     let cx = reserve(graph, &spec, depth)?;
-    let guard = Reserved {
-        graph: graph.clone(),
-        node: cx.node,
-        done: false,
-    };
+    let guard = Reserved { graph: graph.clone(), node: cx.node, done: false };
     graph.install().await;
     let opened = (spec.open)(cx.clone()).await?;
     let has_owner = opened.owner.is_some();
@@ -288,10 +277,7 @@ fn reserve(graph: &Rc<Graph>, spec: &NodeSpec, depth: usize) -> Result<OpenCx, E
         graph.next_home.set(next + 1);
         next
     }) % count;
-    let node = (0..)
-        .map(NodeId)
-        .find(|id| !state.nodes.contains_key(id))
-        .ok_or(Errno::ENOMEM)?;
+    let node = (0..).map(NodeId).find(|id| !state.nodes.contains_key(id)).ok_or(Errno::ENOMEM)?;
     let entry = Node {
         name: name.clone(),
         driver: Arc::new(Opening),
@@ -306,14 +292,7 @@ fn reserve(graph: &Rc<Graph>, spec: &NodeSpec, depth: usize) -> Result<OpenCx, E
         held: (0, crate::driver::perm::ALL),
     };
     state.nodes.insert(node, entry);
-    Ok(OpenCx {
-        graph: graph.clone(),
-        node,
-        depth,
-        common: spec.common,
-        name,
-        home,
-    })
+    Ok(OpenCx { graph: graph.clone(), node, depth, common: spec.common, name, home })
 }
 
 /// Calls an owner's periodic work while the node exists.

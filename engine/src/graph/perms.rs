@@ -13,6 +13,9 @@ use super::{Graph, Node, NodeId, State};
 use crate::driver::{Role, perm::*};
 use crate::error::{Errno, Error};
 
+/// Permissions (used, shared) of a node, over all its users.
+type Cumulated = (u8, u8);
+
 /// One user of a node.
 struct User {
     perm: u8,
@@ -29,10 +32,7 @@ impl State {
             Role::Filtered => (perm, shared),
             Role::Cow => {
                 let writers = if shared & WRITE != 0 { WRITE | RESIZE } else { 0 };
-                (
-                    perm & CONSISTENT_READ,
-                    writers | CONSISTENT_READ | WRITE_UNCHANGED,
-                )
+                (perm & CONSISTENT_READ, writers | CONSISTENT_READ | WRITE_UNCHANGED)
             }
             Role::Image => {
                 // a writable format may write its metadata at any time, and cannot stand other writers
@@ -55,22 +55,12 @@ impl State {
     fn users(&self, id: NodeId) -> Vec<User> {
         let mut users = Vec::new();
         for r in self.roots.values().filter(|r| r.node == id) {
-            users.push(User {
-                perm: r.perm,
-                shared: r.shared,
-                who: r.user.clone(),
-                how: "root".to_owned(),
-            });
+            users.push(User { perm: r.perm, shared: r.shared, who: r.user.clone(), how: "root".to_owned() });
         }
         for (pid, p) in &self.nodes {
             for e in p.edges.iter().filter(|e| e.node == Some(id)) {
                 let (perm, shared) = self.edge(p, e.role, self.cumulated(*pid));
-                users.push(User {
-                    perm,
-                    shared,
-                    who: format!("node '{}'", p.name),
-                    how: e.name.to_owned(),
-                });
+                users.push(User { perm, shared, who: format!("node '{}'", p.name), how: e.name.to_owned() });
             }
         }
         users
@@ -78,9 +68,7 @@ impl State {
 
     /// OR of what the users of a node use, AND of what they share.
     pub(super) fn cumulated(&self, id: NodeId) -> (u8, u8) {
-        self.users(id)
-            .iter()
-            .fold((0, ALL), |(p, s), u| (p | u.perm, s & u.shared))
+        self.users(id).iter().fold((0, ALL), |(p, s), u| (p | u.perm, s & u.shared))
     }
 
     fn conflict(&self, id: NodeId, node: &Node) -> Result<(), Error> {
@@ -117,17 +105,13 @@ fn names(bits: u8) -> String {
         (WRITE_UNCHANGED, "write unchanged"),
         (RESIZE, "resize"),
     ];
-    all.iter()
-        .filter(|(b, _)| bits & b != 0)
-        .map(|(_, n)| *n)
-        .collect::<Vec<_>>()
-        .join(", ")
+    all.iter().filter(|(b, _)| bits & b != 0).map(|(_, n)| *n).collect::<Vec<_>>().join(", ")
 }
 
 impl Graph {
     /// Makes every driver hold what the graph as it is now asks for; all of them, or none and an error.
     pub(super) async fn refresh_perms(self: &Rc<Graph>) -> Result<(), Error> {
-        let wanted: Vec<(NodeId, (u8, u8), (u8, u8))> = {
+        let wanted: Vec<(NodeId, Cumulated, Cumulated)> = {
             let state = self.state.borrow();
             let mut wanted = Vec::new();
             for (id, n) in &state.nodes {

@@ -85,13 +85,7 @@ impl Graph {
             monitor: n.monitor,
             perms: state.cumulated(*id),
             edges: (n.edges.iter())
-                .filter_map(|e| {
-                    e.node.map(|node| EdgeInfo {
-                        name: e.name,
-                        node,
-                        child: name(node),
-                    })
-                })
+                .filter_map(|e| e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node) }))
                 .collect(),
         });
         let root = |(id, r): (&RootId, &super::RootNode)| RootInfo {
@@ -100,9 +94,6 @@ impl Graph {
             node: name(r.node),
             perms: (r.perm, r.shared),
         };
-        GraphInfo {
-            nodes: nodes.collect(),
-            roots: state.roots.iter().map(root).collect(),
-        }
+        GraphInfo { nodes: nodes.collect(), roots: state.roots.iter().map(root).collect() }
     }
 }

@@ -53,11 +53,7 @@ pub(crate) struct NodeView {
 
 impl NodeView {
     pub(crate) fn child(&self, ix: ChildIx) -> Result<NodeId, Errno> {
-        self.children
-            .get(usize::from(ix))
-            .copied()
-            .flatten()
-            .ok_or(Errno::ENOMEDIUM)
+        self.children.get(usize::from(ix)).copied().flatten().ok_or(Errno::ENOMEDIUM)
     }
 }
 
@@ -72,23 +68,16 @@ pub(crate) struct RootView {
 /// One version of the graph.
 #[derive(Clone, Default)]
 pub(crate) struct View {
-    pub(crate) version: u64,
     pub(crate) nodes: Vec<Option<Arc<NodeView>>>,
     pub(crate) roots: Vec<Option<RootView>>,
 }
 
 impl View {
     pub(crate) fn node(&self, id: NodeId) -> Result<&Arc<NodeView>, Errno> {
-        self.nodes
-            .get(id.0 as usize)
-            .and_then(Option::as_ref)
-            .ok_or(Errno::ENOMEDIUM)
+        self.nodes.get(id.0 as usize).and_then(Option::as_ref).ok_or(Errno::ENOMEDIUM)
     }
 
     pub(crate) fn root(&self, id: RootId) -> Result<&RootView, Errno> {
-        self.roots
-            .get(id.0 as usize)
-            .and_then(Option::as_ref)
-            .ok_or(Errno::ENOMEDIUM)
+        self.roots.get(id.0 as usize).and_then(Option::as_ref).ok_or(Errno::ENOMEDIUM)
     }
 }

@@ -41,11 +41,7 @@ struct Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.engine
-            .slots
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .give(self.slot);
+        self.engine.slots.lock().unwrap_or_else(|e| e.into_inner()).give(self.slot);
     }
 }
 
@@ -107,9 +103,7 @@ impl File {
         let backing = match &self.0.held.backing {
             Backing::Sim(disk) => Backing::Sim(disk.clone()),
             Backing::Linux(_) => {
-                let again = core
-                    .blocking(move || this.host().map(|f| f.reopen(writable, direct)))
-                    .await;
+                let again = core.blocking(move || this.host().map(|f| f.reopen(writable, direct))).await;
                 Backing::Linux(again.unwrap_or_else(|| Err(Error::from(Errno::EBADF)))?)
             }
         };
@@ -124,16 +118,8 @@ impl File {
             Backing::Linux(file) => probe::limits(file),
             Backing::Sim(disk) => disk.limits(),
         };
-        let held = Arc::new(Held {
-            backing,
-            slot,
-            engine,
-        });
-        let file = File(Arc::new(Inner {
-            held,
-            limits,
-            path: path.to_owned(),
-        }));
+        let held = Arc::new(Held { backing, slot, engine });
+        let file = File(Arc::new(Inner { held, limits, path: path.to_owned() }));
         let done = Arc::new(Countdown::new(core.engine.cores.len()));
         for target in &core.engine.cores {
             let (held, done) = (file.0.held.clone(), done.clone());
@@ -176,9 +162,7 @@ impl File {
             Backing::Sim(disk) => Ok(disk.len()),
             Backing::Linux(_) => {
                 let this = self.clone();
-                Core::current()
-                    .blocking(move || this.host().map_or(Err(Errno::EBADF), HostFile::size))
-                    .await
+                Core::current().blocking(move || this.host().map_or(Err(Errno::EBADF), HostFile::size)).await
             }
         }
     }
@@ -190,13 +174,7 @@ impl File {
             Backing::Sim(disk) => {
                 let slot = self.slot();
                 let _ = disk;
-                ring::plain(RawOp::Ftruncate {
-                    file: slot,
-                    len: size,
-                })
-                .await
-                .map(drop)
-                .map_err(Error::from)
+                ring::plain(RawOp::Ftruncate { file: slot, len: size }).await.map(drop).map_err(Error::from)
             }
             Backing::Linux(_) => {
                 let this = self.clone();
@@ -216,10 +194,7 @@ impl File {
             Backing::Sim(disk) => Ok(disk.extent_at(from, to)),
             Backing::Linux(_) => {
                 let this = self.clone();
-                let ask = move || {
-                    this.host()
-                        .map_or(Err(Errno::EBADF), |f| extent_at(f.as_fd(), from, to))
-                };
+                let ask = move || this.host().map_or(Err(Errno::EBADF), |f| extent_at(f.as_fd(), from, to));
                 Core::current().blocking(ask).await
             }
         }
@@ -240,33 +215,19 @@ impl File {
     fn whole(&self, off: u64, buf: &Buf) -> Segs {
         let mut segs = Segs::new();
         if !buf.is_empty() {
-            segs.push(Seg {
-                file: self.slot(),
-                off,
-                pos: 0,
-                len: buf.len() as u32,
-            });
+            segs.push(Seg { file: self.slot(), off, pos: 0, len: buf.len() as u32 });
         }
         segs
     }
 
     /// fdatasync.
     pub async fn fdatasync(&self) -> Result<(), Errno> {
-        ring::plain(RawOp::Fdatasync { file: self.slot() })
-            .await
-            .map(drop)
+        ring::plain(RawOp::Fdatasync { file: self.slot() }).await.map(drop)
     }
 
     /// fallocate(2) on the ring, `mode` as the system call takes it. With a pin, the pin lasts as long as the call.
     pub async fn fallocate(&self, mode: i32, off: u64, len: u64, pin: Option<Pin>) -> Result<(), Errno> {
-        let result = ring::plain(RawOp::Fallocate {
-            file: self.slot(),
-            mode,
-            off,
-            len,
-        })
-        .await
-        .map(drop);
+        let result = ring::plain(RawOp::Fallocate { file: self.slot(), mode, off, len }).await.map(drop);
         drop(pin);
         result
     }

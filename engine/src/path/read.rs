@@ -19,12 +19,7 @@ pub(crate) async fn read_fast(
 ) -> Result<(Result<(), Errno>, Buf), Buf> {
     let pin = core.pin();
     let mut plan = Plan::default();
-    let all = plan.add(
-        &core.view.borrow(),
-        Access::Read,
-        node,
-        off..off + buf.len() as u64,
-    );
+    let all = plan.add(&core.view.borrow(), Access::Read, node, off..off + buf.len() as u64);
     if all.is_err() {
         return Err(buf);
     }
@@ -81,12 +76,7 @@ async fn read_piece(
             drop(pin);
             (fault(core, node, key).await.map(|()| 0), buf)
         }
-        Stop::Encoded {
-            node,
-            cookie,
-            guest,
-            len,
-        } => {
+        Stop::Encoded { node, cookie, guest, len } => {
             let n = len as usize;
             let driver = match core.view.borrow().node(node) {
                 Ok(n) => n.driver.clone(),
@@ -105,18 +95,8 @@ async fn read_piece(
             };
             let n = len as usize;
             let whole = done == 0 && n == buf.len();
-            let piece = if whole {
-                std::mem::replace(&mut buf, Buf::new(0))
-            } else {
-                Buf::new(n)
-            };
-            let req = Request {
-                op: Op::Read,
-                offset: off,
-                len,
-                flags: Flags::NONE,
-                buf: Some(piece),
-            };
+            let piece = if whole { std::mem::replace(&mut buf, Buf::new(0)) } else { Buf::new(n) };
+            let req = Request { op: Op::Read, offset: off, len, flags: Flags::NONE, buf: Some(piece) };
             let (result, mut req) = driver.submit(req).await;
             let Some(piece) = req.buf.take() else {
                 return (Err(Errno::EIO), buf);
@@ -178,10 +158,7 @@ pub(crate) async fn leaf_read(
 /// Loads missing metadata on the node's home core.
 pub(crate) async fn fault(core: &Core, node: NodeId, key: u64) -> Result<(), Errno> {
     let home = core.view.borrow().node(node)?.home;
-    on_owner(core, home, node, move |owner| {
-        Box::pin(async move { owner.fault(key).await })
-    })
-    .await
+    on_owner(core, home, node, move |owner| Box::pin(async move { owner.fault(key).await })).await
 }
 
 /// Runs a call of a node's owner on its home core.

@@ -38,12 +38,7 @@ pub(crate) enum Stop {
     /// `len` bytes at `off` of `node` cannot be written in place.
     Claim { node: NodeId, off: u64, len: u64 },
     /// `len` bytes need decoding by `node`; `guest` is their offset in it.
-    Encoded {
-        node: NodeId,
-        cookie: u64,
-        guest: u64,
-        len: u64,
-    },
+    Encoded { node: NodeId, cookie: u64, guest: u64, len: u64 },
     /// `node` answers requests itself.
     Full { node: NodeId, off: u64, len: u64 },
     /// A leaf that the ring cannot serve directly: unaligned, being serialised, zero detection, or with a latency.
@@ -78,22 +73,14 @@ impl Plan {
         }
         match node.driver.kind() {
             Kind::Leaf(leaf) => self.leaf(node, leaf, access, range),
-            Kind::Full => Err(Stop::Full {
-                node: id,
-                off: range.start,
-                len: range.end - range.start,
-            }),
+            Kind::Full => Err(Stop::Full { node: id, off: range.start, len: range.end - range.start }),
             Kind::Map(_) => self.map(view, node, access, range, depth),
         }
     }
 
     fn leaf(&mut self, node: &NodeView, leaf: &Leaf, access: Access, range: Range<u64>) -> Result<(), Stop> {
         let len = range.end - range.start;
-        let slow = Stop::SlowLeaf {
-            node: node.id,
-            off: range.start,
-            len,
-        };
+        let slow = Stop::SlowLeaf { node: node.id, off: range.start, len };
         let pos = self.covered as u32;
         match leaf {
             Leaf::Null { latency_ns: 1.., .. } => return Err(slow),
@@ -113,12 +100,7 @@ impl Plan {
                 {
                     return Err(slow);
                 }
-                self.push_seg(Seg {
-                    file: file.slot(),
-                    off: range.start,
-                    pos,
-                    len: len as u32,
-                });
+                self.push_seg(Seg { file: file.slot(), off: range.start, pos, len: len as u32 });
             }
         }
         self.covered += len;
@@ -155,11 +137,7 @@ impl Plan {
                 Lookup::Hit => {}
                 Lookup::Miss(key) => return Err(Stop::Miss { node: node.id, key }),
                 Lookup::NeedsClaim { len } => {
-                    return Err(Stop::Claim {
-                        node: node.id,
-                        off: at,
-                        len,
-                    });
+                    return Err(Stop::Claim { node: node.id, off: at, len });
                 }
                 Lookup::Bad(e) => return Err(Stop::Bad(e)),
             }
@@ -176,12 +154,7 @@ impl Plan {
                     }
                     Target::Zero { .. } | Target::Hole => self.zero(extent.len),
                     Target::Encoded { cookie } => {
-                        return Err(Stop::Encoded {
-                            node: node.id,
-                            cookie,
-                            guest: at,
-                            len: extent.len,
-                        });
+                        return Err(Stop::Encoded { node: node.id, cookie, guest: at, len: extent.len });
                     }
                 }
                 at += extent.len;

@@ -154,15 +154,7 @@ impl Root {
             let node = view.node(root.node)?;
             (root.node, node.driver.size(), root.writable, node.flags)
         };
-        Ok(Entry {
-            core,
-            started,
-            node,
-            size,
-            writable,
-            flags,
-            gate,
-        })
+        Ok(Entry { core, started, node, size, writable, flags, gate })
     }
 
     /// Size of the node in bytes.
@@ -240,11 +232,7 @@ impl Root {
     /// Makes durable whatever completed before. Never throttled.
     pub async fn flush(&self) -> Result<(), Errno> {
         let entry = self.enter(None, 0).await?;
-        let result = if entry.writable {
-            flush_node(entry.node).await
-        } else {
-            Ok(())
-        };
+        let result = if entry.writable { flush_node(entry.node).await } else { Ok(()) };
         entry.finish(OpClass::Flush, 0, result)
     }
 
@@ -292,11 +280,7 @@ impl Entry {
         if !self.writable || self.flags.read_only {
             return Err(Errno::EPERM);
         }
-        if inside(off, len, self.size) {
-            Ok(())
-        } else {
-            Err(Errno::ENOSPC)
-        }
+        if inside(off, len, self.size) { Ok(()) } else { Err(Errno::ENOSPC) }
     }
 
     async fn write(&self, off: u64, buf: Buf, flags: Flags) -> (Result<(), Errno>, Buf) {

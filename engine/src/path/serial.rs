@@ -52,22 +52,14 @@ impl Serial {
     /// Whether a range overlaps one being serialised.
     pub(crate) fn is_busy(&self, range: &Range<u64>) -> bool {
         self.active() > 0
-            && self
-                .lock()
-                .ranges
-                .iter()
-                .any(|(_, r)| r.start < range.end && range.start < r.end)
+            && self.lock().ranges.iter().any(|(_, r)| r.start < range.end && range.start < r.end)
     }
 
     /// Waits until a range overlaps none.
     pub(crate) async fn wait_free(&self, range: Range<u64>) {
         poll_fn(|cx| {
             let mut state = self.lock();
-            if !state
-                .ranges
-                .iter()
-                .any(|(_, r)| r.start < range.end && range.start < r.end)
-            {
+            if !state.ranges.iter().any(|(_, r)| r.start < range.end && range.start < r.end) {
                 return Poll::Ready(());
             }
             state.waiting.push(cx.waker().clone());
@@ -80,11 +72,7 @@ impl Serial {
     pub(crate) async fn take(self: &Arc<Serial>, range: Range<u64>) -> Ticket {
         let id = poll_fn(|cx| {
             let mut state = self.lock();
-            if state
-                .ranges
-                .iter()
-                .any(|(_, r)| r.start < range.end && range.start < r.end)
-            {
+            if state.ranges.iter().any(|(_, r)| r.start < range.end && range.start < r.end) {
                 state.waiting.push(cx.waker().clone());
                 return Poll::Pending;
             }
@@ -95,10 +83,7 @@ impl Serial {
             Poll::Ready(id)
         })
         .await;
-        let ticket = Ticket {
-            serial: self.clone(),
-            id,
-        };
+        let ticket = Ticket { serial: self.clone(), id };
         epoch::tick().await;
         ticket
     }

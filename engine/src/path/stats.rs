@@ -41,13 +41,7 @@ pub struct OpStats {
 impl Default for OpStats {
     fn default() -> OpStats {
         let latency = Histogram::new_with_bounds(128, LONGEST, 2).expect("constant bounds are valid");
-        OpStats {
-            ops: 0,
-            bytes: 0,
-            failed: 0,
-            total_ns: 0,
-            latency,
-        }
+        OpStats { ops: 0, bytes: 0, failed: 0, total_ns: 0, latency }
     }
 }
 

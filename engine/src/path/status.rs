@@ -61,29 +61,16 @@ pub(crate) fn status_node(
                     Ok(s)
                 }
                 Target::Data { child, off } => {
-                    let mut s = Status {
-                        data: true,
-                        allocated: true,
-                        offset: Some(off),
-                        ..none
-                    };
+                    let mut s = Status { data: true, allocated: true, offset: Some(off), ..none };
                     if want_zero {
                         refine(&view, child, off, &mut s).await;
                     }
                     Ok(s)
                 }
-                Target::Encoded { .. } => Ok(Status {
-                    data: true,
-                    allocated: true,
-                    encoded: true,
-                    ..none
-                }),
-                Target::Zero { keeps } => Ok(Status {
-                    zero: true,
-                    allocated: true,
-                    offset: keeps.map(|(_, off)| off),
-                    ..none
-                }),
+                Target::Encoded { .. } => Ok(Status { data: true, allocated: true, encoded: true, ..none }),
+                Target::Zero { keeps } => {
+                    Ok(Status { zero: true, allocated: true, offset: keeps.map(|(_, off)| off), ..none })
+                }
                 Target::Hole => Ok(Status { zero: true, ..none }),
                 Target::Below { .. } => Ok(none),
             };
@@ -132,11 +119,7 @@ pub(crate) async fn status_above(
         range.end = range.end.min(size);
         let status = status_node(id, range.clone(), want_zero).await?;
         range.end = range.start + status.len;
-        let here = Above {
-            status,
-            depth,
-            node: id,
-        };
+        let here = Above { status, depth, node: id };
         if status.allocated {
             return Ok(here);
         }

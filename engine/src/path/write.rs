@@ -27,15 +27,7 @@ pub(crate) async fn write_fast(
 ) -> Result<(Result<(), Errno>, Buf), Buf> {
     let pin = core.pin();
     let mut plan = Plan::default();
-    if plan
-        .add(
-            &core.view.borrow(),
-            Access::Write,
-            node,
-            off..off + buf.len() as u64,
-        )
-        .is_err()
-    {
+    if plan.add(&core.view.borrow(), Access::Write, node, off..off + buf.len() as u64).is_err() {
         return Err(buf);
     }
     Ok(ring::transfer(Dir::Write { dsync: false }, buf, plan.segs, Some(pin)).await)
@@ -107,13 +99,7 @@ async fn write_piece(core: &Core, stop: Stop, mut buf: Buf, done: usize) -> (Res
                 true => std::mem::replace(&mut buf, Buf::new(0)),
                 false => Buf::from_slice(&buf[done..done + n]),
             };
-            let req = Request {
-                op: Op::Write,
-                offset: off,
-                len,
-                flags: Flags::NONE,
-                buf: Some(piece),
-            };
+            let req = Request { op: Op::Write, offset: off, len, flags: Flags::NONE, buf: Some(piece) };
             let (result, mut req) = driver.submit(req).await;
             if whole {
                 buf = req.buf.take().unwrap_or_else(|| Buf::new(n));
@@ -141,9 +127,7 @@ async fn write_claimed(
         Err(e) => return (Err(e), buf),
     };
     let start = range.start;
-    let claim = on_owner(core, home, node, move |owner| {
-        Box::pin(async move { owner.claim(range).await })
-    });
+    let claim = on_owner(core, home, node, move |owner| Box::pin(async move { owner.claim(range).await }));
     let grant = match claim.await {
         Ok(g) => g,
         Err(e) => return (Err(e), buf),
@@ -180,10 +164,7 @@ async fn fill_grant(
     let (head, tail) = (grant.head as usize, grant.tail as usize);
     let mut merged = Buf::new(head + n + tail);
     merged[head..head + n].copy_from_slice(&buf[done..done + n]);
-    for (at, len, from) in [
-        (0, head, grant.guest.start - grant.head),
-        (head + n, tail, grant.guest.end),
-    ] {
+    for (at, len, from) in [(0, head, grant.guest.start - grant.head), (head + n, tail, grant.guest.end)] {
         if len > 0 {
             let (result, old) = read_padded(core, node, from, len).await;
             if let Err(e) = result {
@@ -226,13 +207,7 @@ async fn write_segs(
     let mut plan = Plan::default();
     let direct = grant.segs.iter().all(|seg| {
         view.child(seg.child).is_ok_and(|child| {
-            plan.add(
-                &core.view.borrow(),
-                Access::Write,
-                child,
-                seg.off..seg.off + seg.len,
-            )
-            .is_ok()
+            plan.add(&core.view.borrow(), Access::Write, child, seg.off..seg.off + seg.len).is_ok()
         })
     });
     if direct {
@@ -268,10 +243,7 @@ async fn write_segs(
 async fn leaf_write(core: &Core, node: NodeId, off: u64, data: &[u8]) -> Result<(), Errno> {
     let view = core.view.borrow().node(node)?.clone();
     if view.flags.detect_zeroes != DetectZeroes::Off && crate::mem::is_zero(data) {
-        let flags = Flags {
-            may_unmap: view.flags.detect_zeroes == DetectZeroes::Unmap,
-            ..Flags::NONE
-        };
+        let flags = Flags { may_unmap: view.flags.detect_zeroes == DetectZeroes::Unmap, ..Flags::NONE };
         return zeroes_node(node, off, data.len() as u64, flags).await;
     }
     let file = match view.driver.kind() {
@@ -284,23 +256,17 @@ async fn leaf_write(core: &Core, node: NodeId, off: u64, data: &[u8]) -> Result<
     };
     let align = u64::from(view.driver.limits().request_alignment);
     let end = off + data.len() as u64;
-    if (off | end) % align == 0 {
+    if (off | end).is_multiple_of(align) {
         let range = off..end;
         loop {
             view.serial.wait_free(range.clone()).await;
             // no await between this test and the submission
             if !view.serial.is_busy(&range) {
                 let pin = core.pin();
-                let segs = smallvec::smallvec![ring::Seg {
-                    file: file.slot(),
-                    off,
-                    pos: 0,
-                    len: data.len() as u32
-                }];
+                let segs =
+                    smallvec::smallvec![ring::Seg { file: file.slot(), off, pos: 0, len: data.len() as u32 }];
                 let dir = Dir::Write { dsync: false };
-                return ring::transfer(dir, Buf::from_slice(data), segs, Some(pin))
-                    .await
-                    .0;
+                return ring::transfer(dir, Buf::from_slice(data), segs, Some(pin)).await.0;
             }
         }
     }

@@ -29,10 +29,7 @@ pub(crate) fn zeroes_node(
         let core = Core::current();
         let view = node(&core, id)?;
         let range = off..off.checked_add(len).ok_or(Errno::EINVAL)?;
-        let flags = Flags {
-            may_unmap: flags.may_unmap && view.flags.discard,
-            ..flags
-        };
+        let flags = Flags { may_unmap: flags.may_unmap && view.flags.discard, ..flags };
         let inner = Flags { fua: false, ..flags };
         match view.driver.kind() {
             Kind::Map(_) if view.has_owner => zeroes_owner(&core, &view, range, inner).await?,
@@ -42,13 +39,7 @@ pub(crate) fn zeroes_node(
                 }
             }
             Kind::Leaf(_) | Kind::Full => {
-                let req = Request {
-                    op: Op::WriteZeroes,
-                    offset: off,
-                    len,
-                    flags: inner,
-                    buf: None,
-                };
+                let req = Request { op: Op::WriteZeroes, offset: off, len, flags: inner, buf: None };
                 match view.driver.submit(req).await.0 {
                     Err(Errno::ENOTSUP) if !flags.no_fallback => write_zeroes(id, range).await?,
                     other => other?,
@@ -64,21 +55,12 @@ async fn zeroes_owner(core: &Core, view: &NodeView, range: Range<u64>, flags: Fl
     let align = u64::from(view.driver.limits().punch_alignment);
     let size = view.driver.size();
     let start = range.start.next_multiple_of(align).min(range.end);
-    let end = if range.end == size {
-        range.end
-    } else {
-        (range.end - range.end % align).max(start)
-    };
+    let end = if range.end == size { range.end } else { (range.end - range.end % align).max(start) };
     if range.start < start {
         zero_edge(core, view, range.start..start).await?;
     }
     if start < end {
-        let (middle, kind) = (
-            start..end,
-            Punch::Zero {
-                unmap: flags.may_unmap,
-            },
-        );
+        let (middle, kind) = (start..end, Punch::Zero { unmap: flags.may_unmap });
         let punch = middle.clone();
         let done = on_owner(core, view.home, view.id, move |owner| {
             Box::pin(async move { owner.punch(punch, kind).await })
@@ -159,11 +141,7 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
             Kind::Map(_) if view.has_owner => {
                 let align = u64::from(view.driver.limits().punch_alignment);
                 let start = off.next_multiple_of(align);
-                let stop = if end == view.driver.size() {
-                    end
-                } else {
-                    end - end % align
-                };
+                let stop = if end == view.driver.size() { end } else { end - end % align };
                 if start >= stop {
                     return Ok(());
                 }
@@ -179,13 +157,7 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
                 Ok(())
             }
             Kind::Leaf(_) | Kind::Full => {
-                let req = Request {
-                    op: Op::Discard,
-                    offset: off,
-                    len,
-                    flags: Flags::NONE,
-                    buf: None,
-                };
+                let req = Request { op: Op::Discard, offset: off, len, flags: Flags::NONE, buf: None };
                 ignore_unsupported(view.driver.submit(req).await.0)
             }
         }
@@ -207,10 +179,7 @@ pub(crate) fn flush_node(id: NodeId) -> LocalFuture<'static, Result<(), Errno>> 
         match view.driver.kind() {
             Kind::Map(_) if view.has_owner => {
                 // with no-flush the owner still writes its tables back; its child's flushes go nowhere
-                on_owner(&core, view.home, id, |owner| {
-                    Box::pin(async move { owner.flush().await })
-                })
-                .await
+                on_owner(&core, view.home, id, |owner| Box::pin(async move { owner.flush().await })).await
             }
             Kind::Map(_) => match view.children.first().copied().flatten() {
                 Some(child) if !view.flags.no_flush => flush_node(child).await,
@@ -218,13 +187,7 @@ pub(crate) fn flush_node(id: NodeId) -> LocalFuture<'static, Result<(), Errno>> 
             },
             Kind::Leaf(_) | Kind::Full if view.flags.no_flush || view.flags.read_only => Ok(()),
             Kind::Leaf(_) | Kind::Full => {
-                let req = Request {
-                    op: Op::Flush,
-                    offset: 0,
-                    len: 0,
-                    flags: Flags::NONE,
-                    buf: None,
-                };
+                let req = Request { op: Op::Flush, offset: 0, len: 0, flags: Flags::NONE, buf: None };
                 view.driver.submit(req).await.0
             }
         }

@@ -72,8 +72,8 @@ pub(crate) enum Dir {
 pub(crate) enum Payload {
     /// A read or write of one buffer in pieces.
     Transfer { dir: Dir, buf: Buf, segs: Segs },
-    /// recv into `buf[pos..pos + len]`.
-    Recv { buf: Buf, pos: u32, len: u32 },
+    /// recv into this buffer.
+    Recv(Buf),
     /// sendmsg of a batch.
     Send(Box<SendBatch>),
     /// An operation without memory.
@@ -135,21 +135,12 @@ pub(crate) struct Ring {
 
 impl Ring {
     pub(crate) fn new(backend: Box<dyn Backend>) -> Ring {
-        Ring {
-            backend,
-            slab: Slab::with_capacity(256),
-            waiting: Vec::new(),
-        }
+        Ring { backend, slab: Slab::with_capacity(256), waiting: Vec::new() }
     }
 
     /// Operations whose last completion has not arrived.
     pub(crate) fn in_flight(&self) -> usize {
         self.slab.iter().filter(|(_, e)| e.left > 0).count()
-    }
-
-    /// Whether anything at all is in the slab.
-    pub(crate) fn is_idle(&self) -> bool {
-        self.slab.is_empty()
     }
 
     fn insert(&mut self, payload: Payload, raw: Option<RawOp>, pin: Option<EpochPin>) -> usize {
@@ -282,30 +273,13 @@ fn close_orphan(fd: i32) {
 
 fn transfer_op(dir: Dir, buf: &Buf, seg: &Seg) -> RawOp {
     let end = seg.pos as usize + seg.len as usize;
-    assert!(
-        end <= buf.capacity(),
-        "segment ends at {end} of a buffer of {}",
-        buf.capacity()
-    );
+    assert!(end <= buf.capacity(), "segment ends at {end} of a buffer of {}", buf.capacity());
     let (file, off, len, fixed) = (seg.file, seg.off, seg.len.min(SQE_MAX), buf.is_registered());
     // SAFETY: `pos` is inside the buffer's capacity (asserted), so the sum stays in its allocation.
     let ptr = unsafe { buf.as_ptr().add(seg.pos as usize) };
     match dir {
-        Dir::Read => RawOp::Read {
-            file,
-            ptr,
-            len,
-            off,
-            fixed,
-        },
-        Dir::Write { dsync } => RawOp::Write {
-            file,
-            ptr,
-            len,
-            off,
-            fixed,
-            dsync,
-        },
+        Dir::Read => RawOp::Read { file, ptr, len, off, fixed },
+        Dir::Write { dsync } => RawOp::Write { file, ptr, len, off, fixed, dsync },
     }
 }
 
@@ -381,10 +355,7 @@ pub(crate) struct Operation {
 
 impl Operation {
     pub(crate) fn new(payload: Payload, raw: Option<RawOp>, pin: Option<EpochPin>) -> Operation {
-        Operation {
-            core: Core::current(),
-            state: State::Init(payload, raw, pin),
-        }
+        Operation { core: Core::current(), state: State::Init(payload, raw, pin) }
     }
 }
 
@@ -403,9 +374,7 @@ impl Future for Operation {
                 this.state = State::Live(ring.insert(payload, raw, pin));
             }
         }
-        let State::Live(key) = this.state else {
-            panic!("operation polled after completion")
-        };
+        let State::Live(key) = this.state else { panic!("operation polled after completion") };
         match ring.finish(key, cx.waker()) {
             None => Poll::Pending,
             Some(done) => {
@@ -450,23 +419,9 @@ pub(crate) async fn recv(fd: i32, buf: Buf, pos: usize, len: usize) -> (Result<u
     assert!(pos + len <= buf.capacity() && len > 0);
     // SAFETY: `pos` is inside the buffer's capacity (asserted).
     let ptr = unsafe { buf.as_ptr().add(pos) };
-    let raw = RawOp::Recv {
-        fd,
-        ptr,
-        len: len as u32,
-    };
-    match Operation::new(
-        Payload::Recv {
-            buf,
-            pos: pos as u32,
-            len: len as u32,
-        },
-        Some(raw),
-        None,
-    )
-    .await
-    {
-        (res, Payload::Recv { buf, .. }) => (res.map(|n| n as usize), buf),
+    let raw = RawOp::Recv { fd, ptr, len: len as u32 };
+    match Operation::new(Payload::Recv(buf), Some(raw), None).await {
+        (res, Payload::Recv(buf)) => (res.map(|n| n as usize), buf),
         _ => unreachable!("a receive entry keeps its payload"),
     }
 }

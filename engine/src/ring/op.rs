@@ -10,31 +10,13 @@ pub(crate) type FileSlot = u32;
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum RawOp {
     /// Read into `ptr`; `fixed` if the memory is in the ring's registered arena.
-    Read {
-        file: FileSlot,
-        ptr: *mut u8,
-        len: u32,
-        off: u64,
-        fixed: bool,
-    },
+    Read { file: FileSlot, ptr: *mut u8, len: u32, off: u64, fixed: bool },
     /// Write from `ptr`; `dsync` is RWF_DSYNC.
-    Write {
-        file: FileSlot,
-        ptr: *const u8,
-        len: u32,
-        off: u64,
-        fixed: bool,
-        dsync: bool,
-    },
+    Write { file: FileSlot, ptr: *const u8, len: u32, off: u64, fixed: bool, dsync: bool },
     /// fdatasync.
     Fdatasync { file: FileSlot },
     /// fallocate(2) with this mode.
-    Fallocate {
-        file: FileSlot,
-        mode: i32,
-        off: u64,
-        len: u64,
-    },
+    Fallocate { file: FileSlot, mode: i32, off: u64, len: u64 },
     /// ftruncate(2).
     Ftruncate { file: FileSlot, len: u64 },
     /// recv(2) on a plain descriptor.

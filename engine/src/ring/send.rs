@@ -94,10 +94,7 @@ impl SendBatch {
                 Part::Small { at, len } => &self.small[at..at + len],
                 Part::Buf(i) => &self.bufs[i][..],
             };
-            self.iov.push(libc::iovec {
-                iov_base: piece.as_ptr().cast_mut().cast(),
-                iov_len: piece.len(),
-            });
+            self.iov.push(libc::iovec { iov_base: piece.as_ptr().cast_mut().cast(), iov_len: piece.len() });
         }
         self.point();
     }

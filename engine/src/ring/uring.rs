@@ -66,10 +66,7 @@ impl Uring {
         let ring = builder.build(SQ)?;
         let fixed_files = ring.submitter().register_files_sparse(FILES_MAX).is_ok();
         let fixed_buffers = arena.is_some_and(|(ptr, len)| {
-            let iov = libc::iovec {
-                iov_base: ptr.cast(),
-                iov_len: len,
-            };
+            let iov = libc::iovec { iov_base: ptr.cast(), iov_len: len };
             // SAFETY: the arena outlives the ring: the core drops its ring before it lets go of the arena.
             unsafe { ring.submitter().register_buffers(&[iov]) }.is_ok()
         });
@@ -146,32 +143,13 @@ macro_rules! on {
 impl Backend for Uring {
     fn push(&mut self, op: RawOp, user_data: u64) {
         let entry = match op {
-            RawOp::Read {
-                file,
-                ptr,
-                len,
-                off,
-                fixed,
-            } if fixed && self.fixed_buffers => {
-                on!(self.target(file), |fd| opcode::ReadFixed::new(fd, ptr, len, 0)
-                    .offset(off)
-                    .build())
+            RawOp::Read { file, ptr, len, off, fixed } if fixed && self.fixed_buffers => {
+                on!(self.target(file), |fd| opcode::ReadFixed::new(fd, ptr, len, 0).offset(off).build())
             }
-            RawOp::Read {
-                file, ptr, len, off, ..
-            } => {
-                on!(self.target(file), |fd| opcode::Read::new(fd, ptr, len)
-                    .offset(off)
-                    .build())
+            RawOp::Read { file, ptr, len, off, .. } => {
+                on!(self.target(file), |fd| opcode::Read::new(fd, ptr, len).offset(off).build())
             }
-            RawOp::Write {
-                file,
-                ptr,
-                len,
-                off,
-                fixed,
-                dsync,
-            } => {
+            RawOp::Write { file, ptr, len, off, fixed, dsync } => {
                 let flags = if dsync { libc::RWF_DSYNC } else { 0 };
                 if fixed && self.fixed_buffers {
                     on!(self.target(file), |fd| opcode::WriteFixed::new(fd, ptr, len, 0)
@@ -186,15 +164,10 @@ impl Backend for Uring {
                 }
             }
             RawOp::Fdatasync { file } => {
-                on!(self.target(file), |fd| opcode::Fsync::new(fd)
-                    .flags(types::FsyncFlags::DATASYNC)
-                    .build())
+                on!(self.target(file), |fd| opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build())
             }
             RawOp::Fallocate { file, mode, off, len } => {
-                on!(self.target(file), |fd| opcode::Fallocate::new(fd, len)
-                    .offset(off)
-                    .mode(mode)
-                    .build())
+                on!(self.target(file), |fd| opcode::Fallocate::new(fd, len).offset(off).mode(mode).build())
             }
             RawOp::Ftruncate { file, len } => {
                 on!(self.target(file), |fd| opcode::Ftruncate::new(fd, len).build())
@@ -244,10 +217,7 @@ impl Backend for Uring {
         if cqe.user_data() == WAKE_TAG {
             self.wake_armed = false;
         }
-        Some(Cqe {
-            user_data: cqe.user_data(),
-            res: cqe.result(),
-        })
+        Some(Cqe { user_data: cqe.user_data(), res: cqe.result() })
     }
 
     fn cancel(&mut self, user_data: u64) {
@@ -256,10 +226,7 @@ impl Backend for Uring {
 
     fn cancel_all(&mut self) {
         let cancel = types::CancelBuilder::any();
-        let _ = self
-            .ring
-            .submitter()
-            .register_sync_cancel(Some(types::Timespec::new()), cancel);
+        let _ = self.ring.submitter().register_sync_cancel(Some(types::Timespec::new()), cancel);
     }
 
     fn set_file(&mut self, slot: u32, fd: i32) {

@@ -16,14 +16,8 @@ pub fn allowed() -> Result<Vec<usize>, Errno> {
     // SAFETY: the kernel writes at most the size told into `set`, which lives across the call.
     check(unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) })?;
     // SAFETY: `cpu` is below CPU_SETSIZE, so the bit is inside the set.
-    let cpus: Vec<usize> = (0..MAX_CPU)
-        .filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) })
-        .collect();
-    if cpus.is_empty() {
-        Err(Errno::EINVAL)
-    } else {
-        Ok(cpus)
-    }
+    let cpus: Vec<usize> = (0..MAX_CPU).filter(|&cpu| unsafe { libc::CPU_ISSET(cpu, &set) }).collect();
+    if cpus.is_empty() { Err(Errno::EINVAL) } else { Ok(cpus) }
 }
 
 /// Pins the calling thread to one CPU. `EINVAL` if there is no such CPU or it is not allowed.
@@ -58,18 +52,12 @@ pub fn process_cpu_time() -> Duration {
 }
 
 fn clock(id: libc::clockid_t) -> Duration {
-    let mut t = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the kernel writes one timespec, which lives across the call.
     if unsafe { libc::clock_gettime(id, &raw mut t) } != 0 {
         return Duration::ZERO;
     }
-    Duration::new(
-        u64::try_from(t.tv_sec).unwrap_or(0),
-        u32::try_from(t.tv_nsec).unwrap_or(0),
-    )
+    Duration::new(u64::try_from(t.tv_sec).unwrap_or(0), u32::try_from(t.tv_nsec).unwrap_or(0))
 }
 
 /// Resident memory of the process in bytes; `None` without /proc.

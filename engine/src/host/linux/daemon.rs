@@ -64,10 +64,7 @@ impl Ready {
     pub fn announce(mut self) -> Result<(), Error> {
         let failed = |e: Errno| Error::io(e, "Failed to daemonize");
         std::env::set_current_dir("/").map_err(|e| failed(Errno::of(&e)))?;
-        let null = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open("/dev/null");
+        let null = std::fs::OpenOptions::new().read(true).write(true).open("/dev/null");
         let null = null.map_err(|e| failed(Errno::of(&e)))?;
         for standard in 0..3 {
             // SAFETY: dup2 takes no pointer; 0, 1 and 2 are the standard streams, which no OwnedFd here owns.
@@ -125,10 +122,7 @@ impl PidFile {
             .map_err(|e| could_not("write", &e))?;
         // A relative name must still be found after the daemon has left its folder.
         let path = std::fs::canonicalize(path).map_err(|e| could_not("resolve", &e))?;
-        Ok(Some(PidFile {
-            path,
-            _locked: file.into(),
-        }))
+        Ok(Some(PidFile { path, _locked: file.into() }))
     }
 
     /// The absolute path.
@@ -172,27 +166,15 @@ mod tests {
         let p = t.path("pid");
         std::fs::write(&p, "999999999 stale").expect("write");
         let a = PidFile::create(&p).expect("stale file");
-        assert_eq!(
-            std::fs::read_to_string(&p).expect("read"),
-            format!("{}\n", std::process::id())
-        );
+        assert_eq!(std::fs::read_to_string(&p).expect("read"), format!("{}\n", std::process::id()));
         let e = PidFile::create(&p).expect_err("in use");
-        assert_eq!(
-            e.message,
-            "Cannot lock pid file: Resource temporarily unavailable"
-        );
-        assert_eq!(
-            std::fs::read_to_string(&p).expect("read"),
-            format!("{}\n", std::process::id())
-        );
+        assert_eq!(e.message, "Cannot lock pid file: Resource temporarily unavailable");
+        assert_eq!(std::fs::read_to_string(&p).expect("read"), format!("{}\n", std::process::id()));
         drop(a);
         assert!(!p.exists());
         let no = t.path("no/pid");
         let e = PidFile::create(&no).expect_err("no folder");
-        assert_eq!(
-            e.message,
-            format!("Could not create '{}': No such file or directory", no.display())
-        );
+        assert_eq!(e.message, format!("Could not create '{}': No such file or directory", no.display()));
     }
 
     /// Goal: forking with threads around is refused (test runners have several). The fork itself is shown by the

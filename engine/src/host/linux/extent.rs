@@ -38,10 +38,7 @@ pub fn extent_at(fd: BorrowedFd<'_>, from: u64, to: u64) -> Result<Extent, Errno
     if from >= to {
         return Err(Errno::EINVAL);
     }
-    let cut = |kind, end: u64| Extent {
-        kind,
-        len: end.min(to).saturating_sub(from).max(1),
-    };
+    let cut = |kind, end: u64| Extent { kind, len: end.min(to).saturating_sub(from).max(1) };
     let all_data = Ok(cut(ExtentKind::Data, to));
     match seek(fd, from, libc::SEEK_DATA) {
         // From here on there is no data: a last hole, or past the end.
@@ -65,11 +62,7 @@ fn tail(
     cut: impl Fn(ExtentKind, u64) -> Extent,
 ) -> Result<Extent, Errno> {
     let end = seek(fd, 0, libc::SEEK_END)?;
-    Ok(if from >= end {
-        cut(ExtentKind::Beyond, to)
-    } else {
-        cut(ExtentKind::Hole, end)
-    })
+    Ok(if from >= end { cut(ExtentKind::Beyond, to) } else { cut(ExtentKind::Hole, end) })
 }
 
 /// lseek moves the position of the open file description; nobody here reads or writes at that position.
@@ -100,11 +93,7 @@ mod tests {
     #[test]
     fn walks_a_sparse_file() {
         let t = TestDir::new();
-        let f = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(t.file("s", 1 << 20))
-            .expect("open");
+        let f = std::fs::OpenOptions::new().read(true).write(true).open(t.file("s", 1 << 20)).expect("open");
         f.write_all_at(&[7; 65536], 524288).expect("write");
         let mut at = 0;
         let mut seen = Vec::new();
@@ -123,13 +112,7 @@ mod tests {
             ]
         );
         let e = extent_at(f.as_fd(), 524288 + 100, 524288 + 300).expect("extent");
-        assert_eq!(
-            e,
-            Extent {
-                kind: ExtentKind::Data,
-                len: 200
-            }
-        );
+        assert_eq!(e, Extent { kind: ExtentKind::Data, len: 200 });
         assert_eq!(extent_at(f.as_fd(), 5, 5), Err(Errno::EINVAL));
     }
 
@@ -140,13 +123,7 @@ mod tests {
         let e = extent_at(f.as_fd(), 0, 4096);
         assert!(matches!(
             e,
-            Ok(Extent {
-                kind: ExtentKind::Data,
-                len: 4096
-            }) | Ok(Extent {
-                kind: ExtentKind::Beyond,
-                ..
-            })
+            Ok(Extent { kind: ExtentKind::Data, len: 4096 }) | Ok(Extent { kind: ExtentKind::Beyond, .. })
         ));
     }
 }

@@ -66,10 +66,7 @@ impl LockPerms {
 }
 
 fn name(bit: i64) -> &'static str {
-    ["consistent read", "write", "write unchanged", "resize"]
-        .get(bit as usize)
-        .copied()
-        .unwrap_or("?")
+    ["consistent read", "write", "write unchanged", "resize"].get(bit as usize).copied().unwrap_or("?")
 }
 
 /// The option `locking`.
@@ -90,10 +87,7 @@ struct Held {
     unshared: LockPerms,
 }
 
-const NOTHING: Held = Held {
-    used: LockPerms::NONE,
-    unshared: LockPerms::NONE,
-};
+const NOTHING: Held = Held { used: LockPerms::NONE, unshared: LockPerms::NONE };
 
 /// The locks of one node on its file. Dropping it releases them.
 #[derive(Debug)]
@@ -120,11 +114,7 @@ impl ImageLock {
                 _ => Some(fd),
             },
         };
-        Ok(ImageLock {
-            fd,
-            held: NOTHING,
-            pending: None,
-        })
+        Ok(ImageLock { fd, held: NOTHING, pending: None })
     }
 
     /// Takes the locks for the permissions to come and looks for conflicts with other users of the file.
@@ -134,18 +124,13 @@ impl ImageLock {
     /// a second prepare replaces the first.
     pub fn prepare(&mut self, used: LockPerms, shared: LockPerms) -> Result<(), Error> {
         self.abort();
-        let new = Held {
-            used,
-            unshared: shared.complement(),
-        };
+        let new = Held { used, unshared: shared.complement() };
         let Some(fd) = &self.fd else {
             self.pending = Some(new);
             return Ok(());
         };
-        let both = Held {
-            used: self.held.used.and(new.used),
-            unshared: self.held.unshared.and(new.unshared),
-        };
+        let both =
+            Held { used: self.held.used.and(new.used), unshared: self.held.unshared.and(new.unshared) };
         let done = apply(fd, self.held, both).and_then(|()| check_conflicts(fd, new));
         match done {
             Ok(()) => {
@@ -200,10 +185,7 @@ impl Drop for ImageLock {
 
 fn apply(fd: &OwnedFd, have: Held, want: Held) -> Result<(), Error> {
     for bit in 0..4 {
-        for (base, have, want) in [
-            (USED, have.used, want.used),
-            (UNSHARED, have.unshared, want.unshared),
-        ] {
+        for (base, have, want) in [(USED, have.used, want.used), (UNSHARED, have.unshared, want.unshared)] {
             if want.has_bit(bit) && !have.has_bit(bit) {
                 set(fd, base + bit, libc::F_RDLCK)
                     .map_err(|e| Error::io(e, format!("Failed to lock byte {}", base + bit)))?;
@@ -281,11 +263,7 @@ mod tests {
     use std::path::Path;
 
     fn lock(p: &Path) -> ImageLock {
-        let f = std::fs::OpenOptions::new()
-            .read(true)
-            .write(true)
-            .open(p)
-            .expect("open");
+        let f = std::fs::OpenOptions::new().read(true).write(true).open(p).expect("open");
         ImageLock::new(f.into(), Locking::On).expect("lock")
     }
 
@@ -309,11 +287,7 @@ mod tests {
         l.commit();
         assert_eq!(bytes(&p), [100, 101, 103, 201, 203]);
         l.prepare(LockPerms::CONSISTENT_READ, SHARE_READERS).expect("own");
-        assert_eq!(
-            bytes(&p),
-            [100, 101, 103, 201, 203],
-            "old locks stay until the commit"
-        );
+        assert_eq!(bytes(&p), [100, 101, 103, 201, 203], "old locks stay until the commit");
         l.commit();
         assert_eq!(bytes(&p), [100, 201, 203]);
         l.prepare(LockPerms::NONE, LockPerms::ALL).expect("own");
@@ -332,12 +306,9 @@ mod tests {
         let e = b.prepare(RW, SHARE_READERS).expect_err("two writers");
         assert_eq!(e.message, "Failed to get \"write\" lock");
         assert_eq!(b.held(), (LockPerms::NONE, LockPerms::NONE));
-        let e = b
-            .prepare(LockPerms::CONSISTENT_READ, SHARE_READERS)
-            .expect_err("a writer is there");
+        let e = b.prepare(LockPerms::CONSISTENT_READ, SHARE_READERS).expect_err("a writer is there");
         assert_eq!(e.message, "Failed to get shared \"write\" lock");
-        b.prepare(LockPerms::CONSISTENT_READ, LockPerms::ALL)
-            .expect("shares everything");
+        b.prepare(LockPerms::CONSISTENT_READ, LockPerms::ALL).expect("shares everything");
         b.abort();
         assert_eq!(bytes(&p), [100, 101, 103, 201, 203]);
         drop(a);
@@ -366,15 +337,8 @@ mod tests {
         use std::process::{Command, Stdio};
         let t = TestDir::new();
         let p = t.path("q.qcow2");
-        let made = Command::new("qemu-img")
-            .args(["create", "-q", "-f", "qcow2"])
-            .arg(&p)
-            .arg("1M")
-            .status();
-        assert!(
-            made.expect("qemu-img (Debian package qemu-utils) is needed")
-                .success()
-        );
+        let made = Command::new("qemu-img").args(["create", "-q", "-f", "qcow2"]).arg(&p).arg("1M").status();
+        assert!(made.expect("qemu-img (Debian package qemu-utils) is needed").success());
         let mut peer = Command::new("qemu-io")
             .args(["-f", "qcow2"])
             .arg(&p)
@@ -388,25 +352,16 @@ mod tests {
         }
         assert_eq!(bytes(&p), [100, 101, 103, 201, 203]);
         let mut l = lock(&p);
-        assert_eq!(
-            l.prepare(RW, SHARE_READERS).expect_err("busy").message,
-            "Failed to get \"write\" lock"
-        );
+        assert_eq!(l.prepare(RW, SHARE_READERS).expect_err("busy").message, "Failed to get \"write\" lock");
         assert!(l.prepare(LockPerms::CONSISTENT_READ, LockPerms::ALL).is_ok());
         l.abort();
         drop(peer.stdin.take());
         assert!(peer.wait().expect("wait").success());
         l.prepare(RW, SHARE_READERS).expect("the peer is gone");
         l.commit();
-        let out = Command::new("qemu-io")
-            .args(["-f", "qcow2", "-c", "length"])
-            .arg(&p)
-            .output()
-            .expect("qemu-io");
+        let out =
+            Command::new("qemu-io").args(["-f", "qcow2", "-c", "length"]).arg(&p).output().expect("qemu-io");
         let err = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert!(
-            !out.status.success() && err.contains("Failed to get \"write\" lock"),
-            "{err}"
-        );
+        assert!(!out.status.success() && err.contains("Failed to get \"write\" lock"), "{err}");
     }
 }

@@ -36,11 +36,7 @@ pub struct UnixListen {
 impl UnixListen {
     /// A socket only its owner can connect to.
     pub fn private(path: impl Into<PathBuf>) -> UnixListen {
-        UnixListen {
-            path: path.into(),
-            mode: 0o600,
-            backlog: 128,
-        }
+        UnixListen { path: path.into(), mode: 0o600, backlog: 128 }
     }
 }
 
@@ -113,23 +109,12 @@ pub fn listen_unix(opts: &UnixListen) -> Result<Listener, Error> {
     let (addr, len) = unix_addr(path).map_err(failed)?;
     bind(fd.as_fd(), (&raw const addr).cast(), len).map_err(failed)?;
     let made = std::fs::symlink_metadata(path).map_err(|e| failed(Errno::of(&e)))?;
-    let unlink = SocketFile {
-        path: path.to_owned(),
-        dev: made.dev(),
-        ino: made.ino(),
-    };
+    let unlink = SocketFile { path: path.to_owned(), dev: made.dev(), ino: made.ino() };
     // The umask took its part at bind; the mode asked for is what is wanted.
-    std::fs::set_permissions(
-        path,
-        std::os::unix::fs::PermissionsExt::from_mode(opts.mode & 0o777),
-    )
-    .map_err(|e| failed(Errno::of(&e)))?;
+    std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(opts.mode & 0o777))
+        .map_err(|e| failed(Errno::of(&e)))?;
     listen(fd.as_fd(), opts.backlog).map_err(|e| Error::io(e, "Failed to listen on socket"))?;
-    Ok(Listener {
-        fds: vec![fd],
-        local: Vec::new(),
-        unlink: Some(unlink),
-    })
+    Ok(Listener { fds: vec![fd], local: Vec::new(), unlink: Some(unlink) })
 }
 
 /// Is somebody listening on this unix socket?
@@ -181,11 +166,7 @@ pub fn listen_inherited(number: RawFd) -> Result<Listener, Error> {
     if socket_option(fd.as_fd(), libc::SO_ACCEPTCONN).map_err(bad)? == 0 {
         return Err(bad(Errno::EINVAL));
     }
-    Ok(Listener {
-        fds: vec![fd],
-        local: Vec::new(),
-        unlink: None,
-    })
+    Ok(Listener { fds: vec![fd], local: Vec::new(), unlink: None })
 }
 
 /// A close-on-exec duplicate of an inherited descriptor given by number.
@@ -226,10 +207,7 @@ pub fn set_keepalive(fd: BorrowedFd<'_>) -> Result<(), Errno> {
 fn check_length(path: &Path) -> Result<(), Error> {
     let n = path.as_os_str().as_bytes().len();
     if n > UNIX_PATH_MAX {
-        return Err(Error::invalid(format!(
-            "UNIX socket path '{}' is too long",
-            path.display()
-        )));
+        return Err(Error::invalid(format!("UNIX socket path '{}' is too long", path.display())));
     }
     if n == 0 {
         return Err(Error::invalid("UNIX socket path is empty"));
@@ -283,14 +261,8 @@ fn unix_addr(path: &Path) -> Result<(libc::sockaddr_un, libc::socklen_t), Errno>
     for (to, from) in path.iter_mut().zip(bytes) {
         *to = *from as libc::c_char;
     }
-    let addr = libc::sockaddr_un {
-        sun_family: libc::AF_UNIX as libc::sa_family_t,
-        sun_path: path,
-    };
-    Ok((
-        addr,
-        (size_of::<libc::sa_family_t>() + bytes.len()) as libc::socklen_t,
-    ))
+    let addr = libc::sockaddr_un { sun_family: libc::AF_UNIX as libc::sa_family_t, sun_path: path };
+    Ok((addr, (size_of::<libc::sa_family_t>() + bytes.len()) as libc::socklen_t))
 }
 
 fn socket(family: libc::c_int) -> Result<OwnedFd, Errno> {
@@ -319,13 +291,7 @@ fn socket_option(fd: BorrowedFd<'_>, name: i32) -> Result<libc::c_int, Errno> {
     let mut len = size_of::<libc::c_int>() as libc::socklen_t;
     // SAFETY: the kernel writes at most `len` bytes, one int, and the length; both live across the call.
     let res = unsafe {
-        libc::getsockopt(
-            fd.as_raw_fd(),
-            libc::SOL_SOCKET,
-            name,
-            (&raw mut v).cast(),
-            &raw mut len,
-        )
+        libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, (&raw mut v).cast(), &raw mut len)
     };
     check(res).map(|_| v)
 }
@@ -339,13 +305,8 @@ fn resolve(opts: &InetListen) -> Result<Vec<IpAddr>, Error> {
         let host = opts.host.trim_start_matches('[').trim_end_matches(']');
         let found = (host, opts.port).to_socket_addrs().map_err(|e| {
             let text = e.to_string();
-            let text = text
-                .rsplit_once("information: ")
-                .map_or(text.as_str(), |(_, t)| t);
-            Error::invalid(format!(
-                "address resolution failed for {}:{}: {text}",
-                opts.host, opts.port
-            ))
+            let text = text.rsplit_once("information: ").map_or(text.as_str(), |(_, t)| t);
+            Error::invalid(format!("address resolution failed for {}:{}: {text}", opts.host, opts.port))
         })?;
         found.map(|a| a.ip()).collect()
     };
@@ -364,11 +325,7 @@ fn resolve(opts: &InetListen) -> Result<Vec<IpAddr>, Error> {
 
 /// Binds every address to one port. Address families the machine lacks are left out as long as one is left.
 fn bind_all(addrs: &[IpAddr], port: u16) -> Result<Listener, Errno> {
-    let mut made = Listener {
-        fds: Vec::new(),
-        local: Vec::new(),
-        unlink: None,
-    };
+    let mut made = Listener { fds: Vec::new(), local: Vec::new(), unlink: None };
     let mut failed = Errno::EINVAL;
     for ip in addrs {
         let port = made.local.first().map_or(port, SocketAddr::port);
@@ -381,35 +338,21 @@ fn bind_all(addrs: &[IpAddr], port: u16) -> Result<Listener, Errno> {
             Err(e) => return Err(e),
         }
     }
-    if made.fds.is_empty() {
-        Err(failed)
-    } else {
-        Ok(made)
-    }
+    if made.fds.is_empty() { Err(failed) } else { Ok(made) }
 }
 
 fn bind_one(addr: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
-    let fd = socket(if addr.is_ipv4() {
-        libc::AF_INET
-    } else {
-        libc::AF_INET6
-    })?;
+    let fd = socket(if addr.is_ipv4() { libc::AF_INET } else { libc::AF_INET6 })?;
     set_option(fd.as_fd(), libc::SOL_SOCKET, libc::SO_REUSEADDR, 1)?;
     match addr {
         SocketAddr::V4(a) => {
             let s = libc::sockaddr_in {
                 sin_family: libc::AF_INET as libc::sa_family_t,
                 sin_port: a.port().to_be(),
-                sin_addr: libc::in_addr {
-                    s_addr: u32::from_ne_bytes(a.ip().octets()),
-                },
+                sin_addr: libc::in_addr { s_addr: u32::from_ne_bytes(a.ip().octets()) },
                 sin_zero: [0; 8],
             };
-            bind(
-                fd.as_fd(),
-                (&raw const s).cast(),
-                size_of_val(&s) as libc::socklen_t,
-            )?;
+            bind(fd.as_fd(), (&raw const s).cast(), size_of_val(&s) as libc::socklen_t)?;
         }
         SocketAddr::V6(a) => {
             set_option(fd.as_fd(), libc::IPPROTO_IPV6, libc::IPV6_V6ONLY, 1)?;
@@ -417,16 +360,10 @@ fn bind_one(addr: SocketAddr) -> Result<(OwnedFd, SocketAddr), Errno> {
                 sin6_family: libc::AF_INET6 as libc::sa_family_t,
                 sin6_port: a.port().to_be(),
                 sin6_flowinfo: a.flowinfo(),
-                sin6_addr: libc::in6_addr {
-                    s6_addr: a.ip().octets(),
-                },
+                sin6_addr: libc::in6_addr { s6_addr: a.ip().octets() },
                 sin6_scope_id: a.scope_id(),
             };
-            bind(
-                fd.as_fd(),
-                (&raw const s).cast(),
-                size_of_val(&s) as libc::socklen_t,
-            )?;
+            bind(fd.as_fd(), (&raw const s).cast(), size_of_val(&s) as libc::socklen_t)?;
         }
     }
     listen(fd.as_fd(), 128)?;
@@ -454,10 +391,7 @@ mod tests {
         let e = listen_unix(&o).expect_err("taken");
         assert_eq!(
             e.message,
-            format!(
-                "Failed to bind socket to {}: Address already in use",
-                o.path.display()
-            )
+            format!("Failed to bind socket to {}: Address already in use", o.path.display())
         );
         // A crash: the descriptor closes, the file stays.
         let Listener { fds, unlink, .. } = a;
@@ -484,12 +418,7 @@ mod tests {
         drop(a);
         assert!(connect_unix(&o.path).is_ok());
         let long = UnixListen::private(t.path(&"x".repeat(120)));
-        assert!(
-            listen_unix(&long)
-                .expect_err("long")
-                .message
-                .ends_with("is too long")
-        );
+        assert!(listen_unix(&long).expect_err("long").message.ends_with("is too long"));
     }
 
     /// Goal: port 0 gives one port on both families, a taken port is refused or stepped over, names fail clearly.
@@ -498,41 +427,17 @@ mod tests {
         let any = listen_inet(&InetListen::default()).expect("any address");
         let ports: Vec<u16> = any.local_addrs().iter().map(SocketAddr::port).collect();
         assert!(ports[0] != 0 && ports.iter().all(|p| *p == ports[0]));
-        let v4 = InetListen {
-            host: "127.0.0.1".into(),
-            port: ports[0],
-            ..Default::default()
-        };
+        let v4 = InetListen { host: "127.0.0.1".into(), port: ports[0], ..Default::default() };
         let e = listen_inet(&v4).expect_err("taken");
-        assert_eq!(
-            e.message,
-            "Failed to find an available port: Address already in use"
-        );
+        assert_eq!(e.message, "Failed to find an available port: Address already in use");
         if let Some(to) = ports[0].checked_add(20) {
-            assert!(
-                listen_inet(&InetListen {
-                    to: Some(to),
-                    ..v4.clone()
-                })
-                .is_ok()
-            );
+            assert!(listen_inet(&InetListen { to: Some(to), ..v4.clone() }).is_ok());
         }
         assert!(std::net::TcpStream::connect(("127.0.0.1", ports[0])).is_ok());
-        let nowhere = InetListen {
-            host: "nope.invalid".into(),
-            port: 1,
-            ..Default::default()
-        };
+        let nowhere = InetListen { host: "nope.invalid".into(), port: 1, ..Default::default() };
         let text = listen_inet(&nowhere).expect_err("no such name").message;
-        assert!(
-            text.starts_with("address resolution failed for nope.invalid:1: "),
-            "{text}"
-        );
-        let six = InetListen {
-            host: "127.0.0.1".into(),
-            ipv6: Some(true),
-            ..Default::default()
-        };
+        assert!(text.starts_with("address resolution failed for nope.invalid:1: "), "{text}");
+        let six = InetListen { host: "127.0.0.1".into(), ipv6: Some(true), ..Default::default() };
         assert!(listen_inet(&six).is_err());
     }
 

@@ -109,14 +109,8 @@ impl From<HostFile> for OwnedFd {
 pub fn open(path: &Path, opts: OpenOptions) -> Result<HostFile, Error> {
     let name = path.display();
     if path.as_os_str().is_empty() {
-        let driver = if opts.expect == Expect::Device {
-            "host_device"
-        } else {
-            "file"
-        };
-        return Err(Error::invalid(format!(
-            "The '{driver}' block driver requires a file name"
-        )));
+        let driver = if opts.expect == Expect::Device { "host_device" } else { "file" };
+        return Err(Error::invalid(format!("The '{driver}' block driver requires a file name")));
     }
     let could_not = |e: Errno| Error::io(e, format!("Could not open '{name}'"));
     let probe = open_at(path, libc::O_PATH).map_err(could_not)?;
@@ -132,10 +126,7 @@ pub fn open(path: &Path, opts: OpenOptions) -> Result<HostFile, Error> {
         },
     };
     if (file.kind, file.identity) != (kind, identity) {
-        return Err(Error::io(
-            Errno::EBUSY,
-            format!("Could not open '{name}': it was replaced meanwhile"),
-        ));
+        return Err(Error::io(Errno::EBUSY, format!("Could not open '{name}': it was replaced meanwhile")));
     }
     Ok(file)
 }
@@ -145,10 +136,7 @@ pub fn open(path: &Path, opts: OpenOptions) -> Result<HostFile, Error> {
 /// An existing device is opened and left as it is. Errors read "Could not create 'x': …".
 pub fn create(path: &Path) -> Result<HostFile, Error> {
     let could_not = |e: Errno| Error::io(e, format!("Could not create '{}'", path.display()));
-    let kind = open_at(path, libc::O_PATH)
-        .ok()
-        .and_then(|fd| stat(fd.as_fd()).ok())
-        .map(|(kind, _)| kind);
+    let kind = open_at(path, libc::O_PATH).ok().and_then(|fd| stat(fd.as_fd()).ok()).map(|(kind, _)| kind);
     let flags = match kind {
         None => libc::O_RDWR | libc::O_CREAT,
         Some(FileKind::Regular | FileKind::Block | FileKind::Char) => libc::O_RDWR,
@@ -159,14 +147,7 @@ pub fn create(path: &Path) -> Result<HostFile, Error> {
     let fd = open_at(path, flags | libc::O_NONBLOCK).map_err(could_not)?;
     let (kind, identity) = stat(fd.as_fd()).map_err(could_not)?;
     clear_nonblock(fd.as_fd()).map_err(could_not)?;
-    Ok(HostFile {
-        fd,
-        path: path.to_owned(),
-        kind,
-        identity,
-        writable: true,
-        direct: false,
-    })
+    Ok(HostFile { fd, path: path.to_owned(), kind, identity, writable: true, direct: false })
 }
 
 impl HostFile {
@@ -210,14 +191,7 @@ impl HostFile {
                 format!("Could not open '{}': the file was replaced", self.path.display()),
             ));
         }
-        let file = HostFile {
-            fd,
-            path: self.path.clone(),
-            kind,
-            identity,
-            writable,
-            direct,
-        };
+        let file = HostFile { fd, path: self.path.clone(), kind, identity, writable, direct };
         if writable {
             file.refuse_read_only_device().map_err(could_not)?;
         }
@@ -248,11 +222,7 @@ impl HostFile {
         let mut ro: libc::c_int = 0;
         // SAFETY: BLKROGET writes one int through the pointer, which lives across the call.
         let res = retry(|| unsafe { libc::ioctl(self.fd.as_raw_fd(), BLKROGET, &raw mut ro) });
-        if res.is_ok() && ro != 0 {
-            Err(Errno::EACCES)
-        } else {
-            Ok(())
-        }
+        if res.is_ok() && ro != 0 { Err(Errno::EACCES) } else { Ok(()) }
     }
 }
 
@@ -289,14 +259,7 @@ pub fn stat(fd: BorrowedFd<'_>) -> Result<(FileKind, Identity), Errno> {
         libc::S_IFCHR => FileKind::Char,
         _ => FileKind::Other,
     };
-    Ok((
-        kind,
-        Identity {
-            dev: st.st_dev,
-            ino: st.st_ino,
-            rdev: st.st_rdev,
-        },
-    ))
+    Ok((kind, Identity { dev: st.st_dev, ino: st.st_ino, rdev: st.st_rdev }))
 }
 
 fn fstat(fd: BorrowedFd<'_>) -> Result<libc::stat64, Errno> {
@@ -328,23 +291,13 @@ fn open_mode(path: &Path, writable: bool, direct: bool) -> Result<HostFile, Erro
     let could_not = |e: Errno| Error::io(e, format!("Could not open '{name}'"));
     let fd = open_at(path, mode_flags(writable, direct) | libc::O_NONBLOCK).map_err(|e| {
         if e == Errno::EINVAL && direct {
-            return Error::new(
-                e,
-                format!("Could not open '{name}': filesystem does not support O_DIRECT"),
-            );
+            return Error::new(e, format!("Could not open '{name}': filesystem does not support O_DIRECT"));
         }
         could_not(e)
     })?;
     let (kind, identity) = stat(fd.as_fd()).map_err(could_not)?;
     clear_nonblock(fd.as_fd()).map_err(could_not)?;
-    let file = HostFile {
-        fd,
-        path: path.to_owned(),
-        kind,
-        identity,
-        writable,
-        direct,
-    };
+    let file = HostFile { fd, path: path.to_owned(), kind, identity, writable, direct };
     if writable {
         file.refuse_read_only_device().map_err(could_not)?;
     }
@@ -386,11 +339,7 @@ mod tests {
     use super::super::sys::testdir::TestDir;
     use super::*;
 
-    const RW: OpenOptions = OpenOptions {
-        expect: Expect::Regular,
-        access: Access::ReadWrite,
-        direct: false,
-    };
+    const RW: OpenOptions = OpenOptions { expect: Expect::Regular, access: Access::ReadWrite, direct: false };
 
     fn text(path: &Path, opts: OpenOptions) -> String {
         open(path, opts).err().map(|e| e.message).unwrap_or_default()
@@ -402,15 +351,9 @@ mod tests {
     fn refuses_what_it_cannot_serve() {
         let t = TestDir::new();
         let (p, d) = (t.path("x"), t.path("d"));
-        assert_eq!(
-            text(&p, RW),
-            format!("Could not open '{}': No such file or directory", p.display())
-        );
+        assert_eq!(text(&p, RW), format!("Could not open '{}': No such file or directory", p.display()));
         std::fs::create_dir(&d).expect("mkdir");
-        assert_eq!(
-            text(&d, RW),
-            format!("Could not open '{}': Is a directory", d.display())
-        );
+        assert_eq!(text(&d, RW), format!("Could not open '{}': Is a directory", d.display()));
         let fifo = t.path("fifo");
         let c = cstr(&fifo).expect("path");
         // SAFETY: `c` is NUL-terminated and lives across the call.
@@ -420,26 +363,13 @@ mod tests {
             format!("'file' driver requires '{}' to be a regular file", fifo.display())
         );
         let zero = Path::new("/dev/zero");
-        assert_eq!(
-            text(zero, RW),
-            "'file' driver requires '/dev/zero' to be a regular file"
-        );
-        let dev = OpenOptions {
-            expect: Expect::Device,
-            ..RW
-        };
+        assert_eq!(text(zero, RW), "'file' driver requires '/dev/zero' to be a regular file");
+        let dev = OpenOptions { expect: Expect::Device, ..RW };
         let f = t.file("f", 512);
         assert!(text(&f, dev).ends_with("to be either a character or block device"));
         assert!(open(Path::new("/dev/null"), dev).is_ok());
-        assert_eq!(
-            text(Path::new(""), RW),
-            "The 'file' block driver requires a file name"
-        );
-        let direct = OpenOptions {
-            direct: true,
-            access: Access::ReadOnly,
-            ..RW
-        };
+        assert_eq!(text(Path::new(""), RW), "The 'file' block driver requires a file name");
+        let direct = OpenOptions { direct: true, access: Access::ReadOnly, ..RW };
         assert_eq!(
             text(Path::new("/proc/version"), direct),
             "Could not open '/proc/version': filesystem does not support O_DIRECT"
@@ -453,14 +383,7 @@ mod tests {
         use std::os::unix::fs::FileExt;
         let t = TestDir::new();
         let p = t.file("a", 4096);
-        let ro = open(
-            &p,
-            OpenOptions {
-                access: Access::ReadOnly,
-                ..RW
-            },
-        )
-        .expect("open");
+        let ro = open(&p, OpenOptions { access: Access::ReadOnly, ..RW }).expect("open");
         assert!(!ro.writable());
         std::fs::rename(&p, t.path("moved")).expect("rename");
         t.file("a", 10);
@@ -468,9 +391,7 @@ mod tests {
         assert!(rw.writable());
         assert_eq!(rw.identity(), ro.identity());
         assert_eq!(rw.size(), Ok(4096));
-        std::fs::File::from(OwnedFd::from(rw))
-            .write_all_at(b"hit", 0)
-            .expect("write");
+        std::fs::File::from(OwnedFd::from(rw)).write_all_at(b"hit", 0).expect("write");
         assert_eq!(&std::fs::read(t.path("moved")).expect("read")[..3], b"hit");
     }
 
@@ -483,10 +404,7 @@ mod tests {
         assert_eq!(create(&t.path("b")).expect("create").size(), Ok(0));
         let gone = t.path("no/x");
         let e = create(&gone).expect_err("no directory");
-        assert_eq!(
-            e.message,
-            format!("Could not create '{}': No such file or directory", gone.display())
-        );
+        assert_eq!(e.message, format!("Could not create '{}': No such file or directory", gone.display()));
         assert_eq!(create(t.dir()).expect_err("directory").errno, Errno::EISDIR);
     }
 }

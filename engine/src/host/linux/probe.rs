@@ -68,11 +68,7 @@ impl Capabilities {
 /// Reads the limits of an open file. Never fails: what cannot be found out gets a safe value.
 pub fn limits(file: &HostFile) -> HostLimits {
     let fd = file.as_fd();
-    let (request_align, memory_align) = if file.direct() {
-        direct_align(fd, file.kind())
-    } else {
-        (1, 1)
-    };
+    let (request_align, memory_align) = if file.direct() { direct_align(fd, file.kind()) } else { (1, 1) };
     let physical = match file.kind() {
         FileKind::Block => ioctl_u32(fd, libc::BLKPBSZGET).or_else(|| ioctl_u32(fd, libc::BLKSSZGET)),
         _ => None,
@@ -85,9 +81,7 @@ pub fn limits(file: &HostFile) -> HostLimits {
     HostLimits {
         request_align,
         memory_align,
-        physical_block: physical
-            .filter(|v| v.is_power_of_two() && *v <= MAX_ALIGN)
-            .unwrap_or(512),
+        physical_block: physical.filter(|v| v.is_power_of_two() && *v <= MAX_ALIGN).unwrap_or(512),
         discard_granularity: discard_granularity.filter(|v| *v > 0),
     }
 }
@@ -192,10 +186,7 @@ fn block_size(fd: BorrowedFd<'_>) -> u32 {
     // SAFETY: zeroed, and filled if the call succeeded; every bit pattern is a valid statvfs.
     let s = unsafe { s.assume_init() };
     match res {
-        Ok(_) => u32::try_from(s.f_bsize)
-            .ok()
-            .filter(|v| v.is_power_of_two())
-            .unwrap_or(4096),
+        Ok(_) => u32::try_from(s.f_bsize).ok().filter(|v| v.is_power_of_two()).unwrap_or(4096),
         Err(_) => 4096,
     }
 }
@@ -204,13 +195,9 @@ fn block_size(fd: BorrowedFd<'_>) -> u32 {
 fn sysfs_u32(file: &HostFile, name: &str) -> Option<u32> {
     let dev = file.identity().rdev;
     let base = format!("/sys/dev/block/{}:{}", libc::major(dev), libc::minor(dev));
-    ["queue", "../queue"].iter().find_map(|q| {
-        std::fs::read_to_string(format!("{base}/{q}/{name}"))
-            .ok()?
-            .trim()
-            .parse()
-            .ok()
-    })
+    ["queue", "../queue"]
+        .iter()
+        .find_map(|q| std::fs::read_to_string(format!("{base}/{q}/{name}")).ok()?.trim().parse().ok())
 }
 
 /// `_IO(0x12, 119)`: discard a range given as two u64, offset and length.
@@ -264,20 +251,9 @@ impl Mapping {
         let at = super::sys::off(at)?;
         // SAFETY: a fresh shared read-only mapping at an address the kernel chooses; nothing refers to it yet.
         let addr = unsafe {
-            libc::mmap64(
-                std::ptr::null_mut(),
-                len,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                at,
-            )
+            libc::mmap64(std::ptr::null_mut(), len, libc::PROT_READ, libc::MAP_SHARED, fd.as_raw_fd(), at)
         };
-        if addr == libc::MAP_FAILED {
-            Err(super::sys::last())
-        } else {
-            Ok(Mapping { addr, len })
-        }
+        if addr == libc::MAP_FAILED { Err(super::sys::last()) } else { Ok(Mapping { addr, len }) }
     }
 
     fn any_resident(&self, page: usize) -> Result<bool, Errno> {
@@ -314,15 +290,7 @@ mod tests {
     fn opened(t: &TestDir, direct: bool) -> HostFile {
         let p = t.path("f");
         std::fs::write(&p, vec![1u8; 1 << 20]).expect("write");
-        open(
-            &p,
-            OpenOptions {
-                expect: Expect::Regular,
-                access: Access::ReadWrite,
-                direct,
-            },
-        )
-        .expect("open")
+        open(&p, OpenOptions { expect: Expect::Regular, access: Access::ReadWrite, direct }).expect("open")
     }
 
     /// Goal: the probed alignment really works for O_DIRECT. Method: read at exactly that alignment.
@@ -331,10 +299,7 @@ mod tests {
         let t = TestDir::new();
         let f = opened(&t, true);
         let l = limits(&f);
-        assert!(
-            l.request_align.is_power_of_two() && l.memory_align.is_power_of_two(),
-            "{l:?}"
-        );
+        assert!(l.request_align.is_power_of_two() && l.memory_align.is_power_of_two(), "{l:?}");
         let (r, m) = (l.request_align as usize, l.memory_align as usize);
         let mut area = vec![0u8; r + 2 * MAX_ALIGN as usize];
         let at = area.as_ptr().align_offset(MAX_ALIGN as usize) + m;

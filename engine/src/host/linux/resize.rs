@@ -39,10 +39,7 @@ pub fn set_size(fd: BorrowedFd<'_>, kind: FileKind, new: u64, exact: bool, p: Pr
         return device_size(old, new, exact, p);
     }
     if p != Prealloc::Off && new < old {
-        return Err(Error::new(
-            Errno::ENOTSUP,
-            "Preallocation can't be used for shrinking files",
-        ));
+        return Err(Error::new(Errno::ENOTSUP, "Preallocation can't be used for shrinking files"));
     }
     if new == old {
         return Ok(());
@@ -51,12 +48,12 @@ pub fn set_size(fd: BorrowedFd<'_>, kind: FileKind, new: u64, exact: bool, p: Pr
         Prealloc::Off => truncate(fd, new).map_err(|e| Error::io(e, "Failed to resize file")),
         Prealloc::Falloc => allocate(fd, old, new - old)
             .map_err(|e| Error::io(e, "Could not preallocate data for the new file")),
-        Prealloc::Full => truncate(fd, new)
-            .map_err(|e| Error::io(e, "Failed to resize file"))
-            .and_then(|()| {
+        Prealloc::Full => {
+            truncate(fd, new).map_err(|e| Error::io(e, "Failed to resize file")).and_then(|()| {
                 write_zeroes(fd, old, new)
                     .map_err(|e| Error::io(e, "Could not write zeros for preallocation"))
-            }),
+            })
+        }
     };
     if done.is_err() {
         // The first error is what matters; if putting the length back fails as well the file is merely longer.
@@ -67,10 +64,7 @@ pub fn set_size(fd: BorrowedFd<'_>, kind: FileKind, new: u64, exact: bool, p: Pr
 
 fn device_size(old: u64, new: u64, exact: bool, p: Prealloc) -> Result<(), Error> {
     if p != Prealloc::Off {
-        let text = format!(
-            "Preallocation mode '{}' unsupported for this non-regular file",
-            p.name()
-        );
+        let text = format!("Preallocation mode '{}' unsupported for this non-regular file", p.name());
         return Err(Error::new(Errno::ENOTSUP, text));
     }
     if new != old && exact {
@@ -149,31 +143,20 @@ mod tests {
     use std::os::fd::AsFd;
 
     fn rw(t: &TestDir, len: u64) -> HostFile {
-        let o = OpenOptions {
-            expect: Expect::Regular,
-            access: Access::ReadWrite,
-            direct: false,
-        };
+        let o = OpenOptions { expect: Expect::Regular, access: Access::ReadWrite, direct: false };
         open(&t.file("f", len), o).expect("open")
     }
 
     /// Goal: each mode gives the length asked for and the allocation it promises. Method: st_blocks afterwards.
     #[test]
     fn modes_allocate_as_promised() {
-        for (mode, least) in [
-            (Prealloc::Off, 0),
-            (Prealloc::Falloc, 3 << 20),
-            (Prealloc::Full, 3 << 20),
-        ] {
+        for (mode, least) in [(Prealloc::Off, 0), (Prealloc::Falloc, 3 << 20), (Prealloc::Full, 3 << 20)] {
             let t = TestDir::new();
             let f = rw(&t, 1000);
             set_size(f.as_fd(), f.kind(), (3 << 20) + 1000, true, mode).expect("grow");
             assert_eq!(f.size(), Ok((3 << 20) + 1000));
             let got = f.allocated_size().expect("stat");
-            assert!(
-                got >= least && (mode != Prealloc::Off || got < 1 << 20),
-                "{mode:?}: {got}"
-            );
+            assert!(got >= least && (mode != Prealloc::Off || got < 1 << 20), "{mode:?}: {got}");
         }
     }
 

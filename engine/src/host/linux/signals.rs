@@ -64,11 +64,7 @@ impl Signals {
             return Ok(Some(s));
         }
         let ms = timeout.map_or(-1, |t| i32::try_from(t.as_millis()).unwrap_or(i32::MAX));
-        let mut p = libc::pollfd {
-            fd: self.fd.as_raw_fd(),
-            events: libc::POLLIN,
-            revents: 0,
-        };
+        let mut p = libc::pollfd { fd: self.fd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         // SAFETY: one pollfd, which lives across the call.
         match check(unsafe { libc::poll(&raw mut p, 1, ms) }) {
             // Stopped and continued (SIGCONT): to the caller that is a time-out that came early.
@@ -85,11 +81,7 @@ impl Signals {
         let n = unsafe { libc::read(self.fd.as_raw_fd(), info.as_mut_ptr().cast(), size) };
         if n != size as isize {
             let e = super::sys::last();
-            return if n >= 0 || matches!(e, Errno::EAGAIN | Errno::EINTR) {
-                Ok(None)
-            } else {
-                Err(e)
-            };
+            return if n >= 0 || matches!(e, Errno::EAGAIN | Errno::EINTR) { Ok(None) } else { Err(e) };
         }
         // SAFETY: the kernel filled the whole structure.
         let info = unsafe { info.assume_init() };
@@ -118,21 +110,12 @@ fn termination_set() -> libc::sigset_t {
 pub fn ignore_sigpipe() -> Result<(), Errno> {
     // SAFETY: SIG_IGN installs no handler of ours.
     let old = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
-    if old == libc::SIG_ERR {
-        Err(super::sys::last())
-    } else {
-        Ok(())
-    }
+    if old == libc::SIG_ERR { Err(super::sys::last()) } else { Ok(()) }
 }
 
 /// Columns and rows of a terminal; `None` for anything else.
 pub fn terminal_size(fd: BorrowedFd<'_>) -> Option<(u16, u16)> {
-    let mut w = libc::winsize {
-        ws_row: 0,
-        ws_col: 0,
-        ws_xpixel: 0,
-        ws_ypixel: 0,
-    };
+    let mut w = libc::winsize { ws_row: 0, ws_col: 0, ws_xpixel: 0, ws_ypixel: 0 };
     // SAFETY: TIOCGWINSZ writes one winsize, which lives across the call.
     retry(|| unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGWINSZ, &raw mut w) }).ok()?;
     (w.ws_col > 0).then_some((w.ws_col, w.ws_row))

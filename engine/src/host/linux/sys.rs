@@ -73,9 +73,7 @@ pub(super) mod testdir {
         }
         pub(crate) fn file(&self, name: &str, len: u64) -> PathBuf {
             let p = self.path(name);
-            std::fs::File::create(&p)
-                .and_then(|f| f.set_len(len))
-                .expect("temporary file");
+            std::fs::File::create(&p).and_then(|f| f.set_len(len)).expect("temporary file");
             p
         }
     }

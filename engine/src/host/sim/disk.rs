@@ -33,20 +33,12 @@ impl Disk {
 
     /// Alignments: none needed.
     pub fn limits(&self) -> HostLimits {
-        HostLimits {
-            request_align: 1,
-            memory_align: 1,
-            physical_block: 4096,
-            discard_granularity: Some(1),
-        }
+        HostLimits { request_align: 1, memory_align: 1, physical_block: 4096, discard_granularity: Some(1) }
     }
 
     /// All of it is data.
     pub fn extent_at(&self, from: u64, to: u64) -> Extent {
-        Extent {
-            kind: ExtentKind::Data,
-            len: to - from,
-        }
+        Extent { kind: ExtentKind::Data, len: to - from }
     }
 }
 
@@ -68,10 +60,7 @@ impl Disks {
     pub fn create(&self, path: &Path) -> Arc<Disk> {
         let mut files = self.files.lock().unwrap_or_else(|e| e.into_inner());
         let id = files.len() as i32;
-        let disk = Arc::new(Disk {
-            id,
-            data: Mutex::default(),
-        });
+        let disk = Arc::new(Disk { id, data: Mutex::default() });
         files.insert(path.to_owned(), disk.clone());
         disk
     }
