@@ -1,4 +1,5 @@
 //! Ringblock: a block storage engine over io_uring, one thread per core.
 #![forbid(unsafe_code)]
 
+pub mod cli;
 pub mod qmp;
