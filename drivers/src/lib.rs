@@ -2,4 +2,6 @@
 #![forbid(unsafe_code)]
 pub mod export;
 pub mod format;
+pub mod open;
 pub mod options;
+pub mod protocol;

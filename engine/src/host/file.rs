@@ -167,6 +167,14 @@ impl File {
         }
     }
 
+    /// Length in bytes now, without leaving the core: one fstat of an open file, which does not sleep on a local disk.
+    pub fn len_now(&self) -> Result<u64, Errno> {
+        match &self.0.held.backing {
+            Backing::Sim(disk) => Ok(disk.len()),
+            Backing::Linux(file) => file.size(),
+        }
+    }
+
     /// Changes the length; `exact` false allows a device that is at least as large.
     pub async fn set_size(&self, size: u64, exact: bool, prealloc: Prealloc) -> Result<(), Error> {
         use std::os::fd::AsFd;

@@ -15,7 +15,7 @@ pub mod file;
 pub mod linux;
 pub mod sim;
 
-pub use file::{File, OpenOptions};
+pub use file::{Access, Expect, File, OpenOptions};
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
