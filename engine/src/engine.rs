@@ -117,7 +117,11 @@ impl Engine {
             match make_core(&shared, index, arena, clock) {
                 Ok(core) => {
                     tx.send(Ok(()));
-                    core.enter(|| core.run());
+                    // a core that dies would leave everybody waiting for ever, and images half written
+                    let run = std::panic::AssertUnwindSafe(|| core.enter(|| core.run()));
+                    if std::panic::catch_unwind(run).is_err() {
+                        std::process::abort();
+                    }
                     exec::release_slot(core.slot);
                     drop(core);
                     mem::set_pool(None);

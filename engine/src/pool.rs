@@ -67,7 +67,8 @@ fn work(shared: &(Mutex<State>, Condvar)) {
     loop {
         if let Some(job) = state.queue.pop_front() {
             drop(state);
-            job();
+            // whoever waits for a job that panics sees its channel closed; the thread lives on
+            let _ = std::panic::catch_unwind(std::panic::AssertUnwindSafe(job));
             state = shared.0.lock().unwrap_or_else(|e| e.into_inner());
             continue;
         }

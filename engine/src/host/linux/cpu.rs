@@ -77,6 +77,20 @@ pub fn peak_resident_bytes() -> Option<u64> {
     u64::try_from(u.ru_maxrss).ok()?.checked_mul(1024)
 }
 
+/// User and system CPU time of all children that were waited for.
+pub fn children_cpu_time() -> (Duration, Duration) {
+    let mut u = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel writes one rusage, which lives across the call.
+    let _ = unsafe { libc::getrusage(libc::RUSAGE_CHILDREN, u.as_mut_ptr()) };
+    // SAFETY: zeroed and perhaps filled; every bit pattern is a valid rusage.
+    let u = unsafe { u.assume_init() };
+    let time = |t: libc::timeval| {
+        Duration::from_secs(u64::try_from(t.tv_sec).unwrap_or(0))
+            + Duration::from_micros(u64::try_from(t.tv_usec).unwrap_or(0))
+    };
+    (time(u.ru_utime), time(u.ru_stime))
+}
+
 /// Bytes in a page of memory.
 pub fn page_size() -> u64 {
     // SAFETY: sysconf takes no pointer.
