@@ -60,7 +60,7 @@ async fn one(root: Root, load: Load, until: u64, seed: u64, count: &Cell<u64>) {
         }
         count.set(count.get() + 1);
         turns += 1;
-        if turns % 64 == 0 {
+        if turns.is_multiple_of(64) {
             // a node that answers at once must not keep the core from its other work
             ringblock_engine::core::yield_now().await;
         }

@@ -1,0 +1,96 @@
+//! Micro-benchmarks of the engine: what one step costs, on one core, without a device.
+//!
+//! `cargo bench -p ringblock-bench`
+
+use std::time::{Duration, Instant};
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use ringblock_bench::node::{Below, leaf};
+use ringblock_engine::core::{Core, yield_now};
+use ringblock_engine::driver::LocalFuture;
+use ringblock_engine::mem::Buf;
+use ringblock_engine::throttle::{Config as Limits, Group};
+use ringblock_engine::{Config, Engine};
+
+/// Times a body that runs on a core and does `n` steps.
+fn on_core<F>(c: &mut Criterion, engine: &Engine, name: &str, body: F)
+where
+    F: Fn(u64) -> LocalFuture<'static, Duration> + Send + Clone + 'static,
+{
+    c.bench_function(name, |b| {
+        b.iter_custom(|n| {
+            let body = body.clone();
+            engine.run(0, move || body(n))
+        })
+    });
+}
+
+fn engine(c: &mut Criterion) {
+    let engine = Engine::start(&Config { cores: 1, ..Config::default() }).expect("start");
+    let root = engine.run(0, || Box::pin(leaf(Below::Null))).expect("open");
+
+    on_core(c, &engine, "request: 4 KiB read of a null node", move |n| {
+        Box::pin(async move {
+            let mut buf = Buf::zeroed(4096);
+            let start = Instant::now();
+            for i in 0..n {
+                buf = root.read(i % 1024 * 4096, buf).await.1;
+            }
+            start.elapsed()
+        })
+    });
+
+    on_core(c, &engine, "executor: spawn, run and retire a task", |n| {
+        Box::pin(async move {
+            let core = Core::current();
+            let start = Instant::now();
+            for i in 0..n {
+                core.spawn(async move {
+                    std::hint::black_box(i);
+                });
+                if i.is_multiple_of(64) {
+                    yield_now().await;
+                }
+            }
+            start.elapsed()
+        })
+    });
+
+    on_core(c, &engine, "turn: yield, with nothing else to do", |n| {
+        Box::pin(async move {
+            let start = Instant::now();
+            for _ in 0..n {
+                yield_now().await;
+            }
+            start.elapsed()
+        })
+    });
+
+    on_core(c, &engine, "memory: take and return a 4 KiB buffer", |n| {
+        Box::pin(async move {
+            let start = Instant::now();
+            for _ in 0..n {
+                std::hint::black_box(Buf::new(4096));
+            }
+            start.elapsed()
+        })
+    });
+}
+
+fn throttle(c: &mut Criterion) {
+    let group = Group::new(Limits::default());
+    let mut now = 0;
+    c.bench_function("throttle: admission without limits", |b| {
+        b.iter(|| {
+            now += 1000;
+            group.admit(now, false, 4096)
+        })
+    });
+}
+
+criterion_group! {
+    name = benches;
+    config = Criterion::default().measurement_time(Duration::from_secs(2)).sample_size(20);
+    targets = engine, throttle
+}
+criterion_main!(benches);
