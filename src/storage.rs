@@ -22,8 +22,8 @@ use ringblock_engine::sync::block_on;
 use ringblock_engine::{Config, Engine, Errno, Error};
 use std::future::Future;
 use std::rc::Rc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// A running engine with its block graph. Clones are handles on the same one; it stops with the last of them.
 #[derive(Clone)]

@@ -18,6 +18,15 @@ pub enum Event {
         /// The node refuses everything from now on.
         fatal: bool,
     },
+    /// A request of a root failed (QMP `BLOCK_IO_ERROR`). Refusals (read-only, not supported) are no errors.
+    IoError {
+        /// Where the request came in.
+        root: crate::path::RootId,
+        /// What kind it was.
+        class: crate::path::OpClass,
+        /// Why.
+        errno: crate::error::Errno,
+    },
 }
 
 /// Who is told.

@@ -71,13 +71,7 @@ pub(super) fn of_option(name: &str, value: &str) -> Option<String> {
         "monitor" => type_help::<MonitorOptions>(),
         _ => type_help::<ChardevOptions>(),
     };
-    let branch = of
-        .split(',')
-        .next()
-        .unwrap_or("")
-        .rsplit('=')
-        .next()
-        .unwrap_or("");
+    let branch = of.split(',').next().unwrap_or("").rsplit('=').next().unwrap_or("");
     Some(one_branch(&all, branch).unwrap_or(all))
 }
 

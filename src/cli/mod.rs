@@ -228,9 +228,7 @@ fn simple(name: &str, parser: &mut Parser, serve: &mut Serve) -> Result<(), Erro
             let text = parser.value().and_then(|v| v.string()).map_err(usage)?;
             let bytes = size::parse(&text, 0);
             simple.size =
-                Some(Size(bytes.map_err(|_| {
-                    Error::invalid(format!("--size {text}: not a size"))
-                })?));
+                Some(Size(bytes.map_err(|_| Error::invalid(format!("--size {text}: not a size")))?));
         }
         "read-only" => simple.read_only = true,
         other => return Err(unknown(other)),
@@ -269,14 +267,7 @@ fn step(name: &str, value: &str) -> Result<Result<Step, String>, Error> {
         "monitor" => from_arg(value, Some("chardev")).map(Action::Monitor),
         _ => chardev(value).map(Action::Chardev),
     };
-    action
-        .map(|action| {
-            Ok(Step {
-                written: written.clone(),
-                action,
-            })
-        })
-        .map_err(|e| e.context(written))
+    action.map(|action| Ok(Step { written: written.clone(), action })).map_err(|e| e.context(written))
 }
 
 /// `--chardev` has a syntax of its own: `server` and `nowait` may stand without a value.
@@ -297,9 +288,7 @@ fn chardev(text: &str) -> Result<ChardevOptions, Error> {
     if let Some(name) = tree.get("backend").and_then(|b| b.as_str())
         && !known.contains(&name)
     {
-        return Err(Error::invalid(format!(
-            "'{name}' is not a valid char driver name"
-        )));
+        return Err(Error::invalid(format!("'{name}' is not a valid char driver name")));
     }
     from_tree(&tree, mode)
 }
@@ -355,19 +344,10 @@ mod tests {
             ],
         )
         .unwrap();
-        let kinds: Vec<_> = s
-            .steps
-            .iter()
-            .map(|s| s.written.split(' ').next().unwrap())
-            .collect();
-        assert_eq!(
-            kinds,
-            ["--chardev", "--monitor", "--blockdev", "--nbd-server", "--export"]
-        );
+        let kinds: Vec<_> = s.steps.iter().map(|s| s.written.split(' ').next().unwrap()).collect();
+        assert_eq!(kinds, ["--chardev", "--monitor", "--blockdev", "--nbd-server", "--export"]);
         assert!(s.daemonize && s.pidfile == Some("p".into()));
-        let Action::Chardev(c) = &s.steps[0].action else {
-            panic!()
-        };
+        let Action::Chardev(c) = &s.steps[0].action else { panic!() };
         assert!(
             matches!(&c.backend, ChardevBackend::Socket(s) if s.server == Some(true) && s.wait == Some(false))
         );
@@ -389,14 +369,8 @@ mod tests {
                 &["--blockdev", "driver=nope"],
                 "--blockdev driver=nope: Parameter 'driver' does not accept value 'nope'",
             ),
-            (
-                &["--chardev", "nope,id=a"],
-                "--chardev nope,id=a: 'nope' is not a valid char driver name",
-            ),
-            (
-                &["--chardev", "stdio"],
-                "--chardev stdio: chardev: no id specified",
-            ),
+            (&["--chardev", "nope,id=a"], "--chardev nope,id=a: 'nope' is not a valid char driver name"),
+            (&["--chardev", "stdio"], "--chardev stdio: chardev: no id specified"),
             (
                 &["--monitor", "a,mode=readline"],
                 "--monitor a,mode=readline: Parameter 'mode' does not accept value 'readline'",
@@ -413,11 +387,7 @@ mod tests {
     /// Goal: the simple form. Method: all its options.
     #[test]
     fn simple_form() {
-        let s = read(
-            Flavour::Serve,
-            &["-f", "raw", "disk.img", "--cores=2", "-r", "--data", "d"],
-        )
-        .unwrap();
+        let s = read(Flavour::Serve, &["-f", "raw", "disk.img", "--cores=2", "-r", "--data", "d"]).unwrap();
         assert_eq!((s.cores, s.simple.read_only), (2, true));
         assert_eq!(s.simple.image, Some("disk.img".into()));
         assert_eq!(read(Flavour::Serve, &[]).unwrap(), Serve::default());
@@ -429,15 +399,7 @@ mod tests {
         assert!(read(Flavour::Serve, &["--help"]).unwrap_err().contains("--cores"));
         let text = read(Flavour::StorageDaemon, &["-h"]).unwrap_err();
         assert!(text.contains("--nbd-server") && !text.contains("--cores"));
-        assert!(
-            read(Flavour::Serve, &["--blockdev", "help"])
-                .unwrap_err()
-                .contains("driver=qcow2")
-        );
-        assert!(
-            read(Flavour::Serve, &["--blockdev", "qcow2,help"])
-                .unwrap_err()
-                .contains("l2-cache-size")
-        );
+        assert!(read(Flavour::Serve, &["--blockdev", "help"]).unwrap_err().contains("driver=qcow2"));
+        assert!(read(Flavour::Serve, &["--blockdev", "qcow2,help"]).unwrap_err().contains("l2-cache-size"));
     }
 }

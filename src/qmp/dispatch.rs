@@ -40,10 +40,7 @@ pub struct Registry<C> {
 
 impl<C> Default for Registry<C> {
     fn default() -> Self {
-        Registry {
-            commands: BTreeMap::new(),
-            events: BTreeMap::new(),
-        }
+        Registry { commands: BTreeMap::new(), events: BTreeMap::new() }
     }
 }
 
@@ -65,15 +62,7 @@ impl<C> Registry<C> {
         f: impl Fn(&Call<'_, C>, A) -> Result<R, Error> + Send + Sync + 'static,
     ) {
         let run: Run<C> = Box::new(move |call, args| f(call, from_json::<A>(args)?).map(|r| r.write()));
-        self.commands.insert(
-            name,
-            Command {
-                args: A::ty(),
-                ret: R::ty(),
-                features,
-                run,
-            },
-        );
+        self.commands.insert(name, Command { args: A::ty(), ret: R::ty(), features, run });
     }
 
     /// Declares an event.
@@ -101,13 +90,7 @@ impl<C> Registry<C> {
         let Some(command) = self.commands.get(name) else {
             return Err(not_found(name));
         };
-        (command.run)(
-            &Call {
-                context,
-                registry: self,
-            },
-            args,
-        )
+        (command.run)(&Call { context, registry: self }, args)
     }
 }
 

@@ -90,13 +90,7 @@ impl Events {
         }
         s.limited.retain(|_, l| l.until > now || l.held.is_some());
         if s.limited.len() < MAX_KEYS {
-            s.limited.insert(
-                key,
-                Limited {
-                    until: now + SECOND,
-                    held: None,
-                },
-            );
+            s.limited.insert(key, Limited { until: now + SECOND, held: None });
         }
         tell(&mut s, &message);
     }
@@ -117,10 +111,7 @@ impl Events {
         }
         let shared = self.shared.clone();
         // Without a thread the held event is told with the next one of its key.
-        s.timer = std::thread::Builder::new()
-            .name("events".into())
-            .spawn(move || timer(&shared))
-            .is_ok();
+        s.timer = std::thread::Builder::new().name("events".into()).spawn(move || timer(&shared)).is_ok();
     }
 }
 
@@ -139,29 +130,19 @@ fn timer(shared: &Shared) {
         for message in due {
             tell(&mut s, &message);
         }
-        let next = s
-            .limited
-            .values()
-            .filter(|l| l.held.is_some())
-            .map(|l| l.until)
-            .min();
+        let next = s.limited.values().filter(|l| l.held.is_some()).map(|l| l.until).min();
         let Some(next) = next else {
             s.timer = false;
             return;
         };
         let wait = next.saturating_duration_since(Instant::now());
-        s = shared
-            .changed
-            .wait_timeout(s, wait)
-            .unwrap_or_else(PoisonError::into_inner)
-            .0;
+        s = shared.changed.wait_timeout(s, wait).unwrap_or_else(PoisonError::into_inner).0;
     }
 }
 
 fn tell(s: &mut State, message: &Value) {
     // The lock is held, so events reach every client in the same order; offering never waits.
-    s.listeners
-        .retain(|l| l.upgrade().inspect(|l| l.event(message)).is_some());
+    s.listeners.retain(|l| l.upgrade().inspect(|l| l.event(message)).is_some());
 }
 
 fn message<T: Qapi>(name: &str, data: &T) -> Value {

@@ -204,11 +204,7 @@ pub fn register<C: 'static>(registry: &mut Registry<C>) {
     registry.command("qmp_capabilities", |_, _: QmpCapabilitiesArgs| Ok(Empty {}));
     registry.command("query-version", |_, _: Empty| Ok(version()));
     registry.command("query-commands", |call, _: Empty| {
-        Ok(call
-            .registry
-            .commands()
-            .map(|(name, _)| CommandInfo { name: name.into() })
-            .collect::<Vec<_>>())
+        Ok(call.registry.commands().map(|(name, _)| CommandInfo { name: name.into() }).collect::<Vec<_>>())
     });
     registry.command("query-qmp-schema", |call, _: Empty| schema(call.registry));
 }

@@ -102,11 +102,7 @@ impl Outbox {
             let Some(left) = end.checked_duration_since(Instant::now()) else {
                 return;
             };
-            s = self
-                .changed
-                .wait_timeout(s, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            s = self.changed.wait_timeout(s, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 }

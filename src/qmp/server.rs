@@ -71,10 +71,7 @@ impl<C: Send + Sync + 'static> Server<C> {
         let failed = |e: std::io::Error| Error::io(Errno::of(&e), "Could not serve a monitor socket");
         // Only ever shut down, which works alike for TCP.
         let closer = UnixStream::from(socket.try_clone().map_err(failed)?);
-        self.listeners
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(closer);
+        self.listeners.lock().unwrap_or_else(PoisonError::into_inner).push(closer);
         let socket = Acceptor::new(socket);
         let server = self.clone();
         let count = Arc::new(AtomicUsize::new(0));
@@ -160,12 +157,7 @@ impl<C: Send + Sync + 'static> Server<C> {
     /// Ends: no new clients, and those connected get their last answers, then are disconnected.
     pub fn stop(&self) {
         self.stopping.store(true, Ordering::Release);
-        for listener in self
-            .listeners
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .drain(..)
-        {
+        for listener in self.listeners.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // Wakes the thread that accepts.
             let _ = listener.shutdown(Shutdown::Both);
         }
@@ -212,13 +204,8 @@ impl Drop for Counted {
 }
 
 fn spawn(name: &str, f: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-    let thread = std::thread::Builder::new()
-        .name(name.into())
-        .stack_size(STACK)
-        .spawn(f);
-    thread
-        .map(drop)
-        .map_err(|e| Error::io(Errno::of(&e), "Could not start a thread"))
+    let thread = std::thread::Builder::new().name(name.into()).stack_size(STACK).spawn(f);
+    thread.map(drop).map_err(|e| Error::io(Errno::of(&e), "Could not start a thread"))
 }
 
 fn read_all<C>(mut input: File, mut session: Session<C>, client: &Listener) {
@@ -333,11 +320,7 @@ mod tests {
         }
         slow.get_mut().set_nonblocking(true).unwrap();
         for _ in 0..2000 {
-            if slow
-                .get_mut()
-                .write_all(b"{'execute':'query-qmp-schema'}\n")
-                .is_err()
-            {
+            if slow.get_mut().write_all(b"{'execute':'query-qmp-schema'}\n").is_err() {
                 break;
             }
         }
@@ -355,10 +338,7 @@ mod tests {
     fn deepest_message() {
         let (server, _) = server();
         let mut c = client(&server);
-        say(
-            &mut c,
-            &("{'id':".to_owned() + &"[".repeat(1023) + &"]".repeat(1023) + "}"),
-        );
+        say(&mut c, &("{'id':".to_owned() + &"[".repeat(1023) + &"]".repeat(1023) + "}"));
         assert!(line(&mut c).contains("lacks member"));
     }
 }

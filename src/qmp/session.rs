@@ -33,13 +33,7 @@ struct Asked {
 impl<C> Session<C> {
     /// A session that has just begun.
     pub fn new(registry: Arc<Registry<C>>, context: Arc<C>) -> Session<C> {
-        Session {
-            registry,
-            context,
-            reader: json::Reader::default(),
-            negotiated: false,
-            oob: false,
-        }
+        Session { registry, context, reader: json::Reader::default(), negotiated: false, oob: false }
     }
 
     /// What a client is told first.
@@ -57,8 +51,7 @@ impl<C> Session<C> {
         // A message is answered before the next is looked at: it may change the mode of the session.
         for byte in input {
             let mut messages = Vec::new();
-            self.reader
-                .feed(std::slice::from_ref(byte), &mut |m| messages.push(m));
+            self.reader.feed(std::slice::from_ref(byte), &mut |m| messages.push(m));
             for message in messages {
                 let reply = self.message(message);
                 answer(reply, self.negotiated);
@@ -79,10 +72,7 @@ impl<C> Session<C> {
         let mut reply = Map::new();
         match result {
             Ok(value) => reply.insert("return".into(), value),
-            Err(e) => reply.insert(
-                "error".into(),
-                json!({"class": class_name(e.class), "desc": e.message}),
-            ),
+            Err(e) => reply.insert("error".into(), json!({"class": class_name(e.class), "desc": e.message})),
         };
         if let Some(id) = id {
             reply.insert("id".into(), id);
@@ -97,14 +87,10 @@ impl<C> Session<C> {
             match key.as_str() {
                 "execute" | "exec-oob" if key == "execute" || self.oob => {
                     let Value::String(name) = value else {
-                        return Err(Error::invalid(format!(
-                            "QMP input member '{key}' must be a string"
-                        )));
+                        return Err(Error::invalid(format!("QMP input member '{key}' must be a string")));
                     };
                     if asked.is_some() {
-                        return Err(Error::invalid(
-                            "QMP input member 'execute' clashes with 'exec-oob'",
-                        ));
+                        return Err(Error::invalid("QMP input member 'execute' clashes with 'exec-oob'"));
                     }
                     asked = Some((name, key == "exec-oob"));
                 }
@@ -117,11 +103,7 @@ impl<C> Session<C> {
             }
         }
         let (name, oob) = asked.ok_or_else(|| Error::invalid("QMP input lacks member 'execute'"))?;
-        Ok(Asked {
-            name,
-            args: args.unwrap_or_else(|| json!({})),
-            oob,
-        })
+        Ok(Asked { name, args: args.unwrap_or_else(|| json!({})), oob })
     }
 
     fn execute(&mut self, asked: &Asked) -> Result<Value, Error> {
@@ -131,10 +113,9 @@ impl<C> Session<C> {
             (false, false) => refuse("Expecting capabilities negotiation with 'qmp_capabilities'"),
             (true, true) => refuse("Capabilities negotiation is already complete, command ignored"),
             (true, false) if asked.oob && !self.registry.has(&asked.name) => Err(not_found(&asked.name)),
-            (true, false) if asked.oob => Err(Error::invalid(format!(
-                "The command {} does not support OOB",
-                asked.name
-            ))),
+            (true, false) if asked.oob => {
+                Err(Error::invalid(format!("The command {} does not support OOB", asked.name)))
+            }
             (true, false) => self.registry.run(&self.context, &asked.name, &asked.args),
         }
     }
@@ -178,26 +159,14 @@ mod tests {
     fn transcript() {
         let mut s = session();
         for (input, want) in [
-            (
-                "{'execute':'query-version'}",
-                "Expecting capabilities negotiation with 'qmp_capabilities'",
-            ),
-            (
-                "{'execute':'nope'}",
-                "Expecting capabilities negotiation with 'qmp_capabilities'",
-            ),
+            ("{'execute':'query-version'}", "Expecting capabilities negotiation with 'qmp_capabilities'"),
+            ("{'execute':'nope'}", "Expecting capabilities negotiation with 'qmp_capabilities'"),
             (
                 "{'execute':'qmp_capabilities','arguments':{'enable':['foo']}}",
                 "Parameter 'enable[0]' does not accept value 'foo'",
             ),
-            (
-                "{'exec-oob':'query-version'}",
-                "QMP input member 'exec-oob' is unexpected",
-            ),
-            (
-                "{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}",
-                "{}",
-            ),
+            ("{'exec-oob':'query-version'}", "QMP input member 'exec-oob' is unexpected"),
+            ("{'execute':'qmp_capabilities','arguments':{'enable':['oob']}}", "{}"),
             (
                 "{'execute':'qmp_capabilities'}",
                 "Capabilities negotiation is already complete, command ignored",
@@ -205,28 +174,13 @@ mod tests {
             ("[1]", "QMP input must be a JSON object"),
             ("{'execute':'quit2'}", "The command quit2 has not been found"),
             ("{'execute':1}", "QMP input member 'execute' must be a string"),
-            (
-                "{'execute':'query-version','foo':1}",
-                "QMP input member 'foo' is unexpected",
-            ),
+            ("{'execute':'query-version','foo':1}", "QMP input member 'foo' is unexpected"),
             ("{}", "QMP input lacks member 'execute'"),
-            (
-                "{'execute':'query-version','arguments':[]}",
-                "QMP input member 'arguments' must be an object",
-            ),
-            (
-                "{'execute':'query-version','arguments':{'a':1}}",
-                "Parameter 'a' is unexpected",
-            ),
-            (
-                "{'exec-oob':'query-version'}",
-                "The command query-version does not support OOB",
-            ),
+            ("{'execute':'query-version','arguments':[]}", "QMP input member 'arguments' must be an object"),
+            ("{'execute':'query-version','arguments':{'a':1}}", "Parameter 'a' is unexpected"),
+            ("{'exec-oob':'query-version'}", "The command query-version does not support OOB"),
             ("{'exec-oob':'nope'}", "The command nope has not been found"),
-            (
-                "{'execute':'a','exec-oob':'b'}",
-                "QMP input member 'execute' clashes with 'exec-oob'",
-            ),
+            ("{'execute':'a','exec-oob':'b'}", "QMP input member 'execute' clashes with 'exec-oob'"),
         ] {
             let got = ask(&mut s, input);
             assert_eq!(got.len(), 1, "{input}");
@@ -247,16 +201,7 @@ mod tests {
             "{'execute':'qmp_capabilities','id':1} {'execute':'x','id':{'a':[]}} @ \n{'id':null}{'execute':'query-version'}",
         );
         let ids: Vec<_> = got.iter().map(|v| v.get("id").cloned()).collect();
-        assert_eq!(
-            ids,
-            [
-                Some(json!(1)),
-                Some(json!({"a": []})),
-                None,
-                Some(Value::Null),
-                None
-            ]
-        );
+        assert_eq!(ids, [Some(json!(1)), Some(json!({"a": []})), None, Some(Value::Null), None]);
         assert_eq!(got[1]["error"]["class"], "CommandNotFound");
         assert!(got[4]["return"]["qemu"]["major"].is_u64());
     }

@@ -11,6 +11,8 @@ crate::qapi! {
         node_name: String = "node-name",
         /// Whether clients may write (default: off).
         writable: Option<bool> = "writable",
+        /// Whether every write is durable before its answer (default: off).
+        writethrough: Option<bool> = "writethrough",
     }
 
     /// An export of a block node.

@@ -114,6 +114,7 @@ pub struct Root {
 /// What a request needs to know of its root, read once after the gate.
 struct Entry {
     core: Rc<Core>,
+    root: RootId,
     started: u64,
     node: NodeId,
     size: u64,
@@ -154,7 +155,7 @@ impl Root {
             let node = view.node(root.node)?;
             (root.node, node.driver.size(), root.writable, node.flags)
         };
-        Ok(Entry { core, started, node, size, writable, flags, gate })
+        Ok(Entry { core, root: self.id, started, node, size, writable, flags, gate })
     }
 
     /// Size of the node in bytes.
@@ -305,7 +306,18 @@ impl Entry {
     fn finish(self, class: OpClass, bytes: u64, result: Result<(), Errno>) -> Result<(), Errno> {
         let ns = self.core.now().saturating_sub(self.started);
         self.gate.0.stats.borrow_mut()[class as usize].record(bytes, ns, result.is_ok());
+        if let Err(errno) = result {
+            self.report(class, errno);
+        }
         result
+    }
+
+    #[cold]
+    fn report(&self, class: OpClass, errno: Errno) {
+        // A refusal is an answer and not a fault of the storage.
+        if !matches!(errno, Errno::EPERM | Errno::ENOTSUP) {
+            self.core.emit(crate::event::Event::IoError { root: self.root, class, errno });
+        }
     }
 }
 
