@@ -9,7 +9,7 @@
 //!
 //! ```text
 //!   Buf::new(len) ── fits a class and the pool has room ──► arena piece (registered, ReadFixed/WriteFixed)
-//!                 └─ otherwise ──────────────────────────► heap, zeroed
+//!                 └─ otherwise ──────────────────────────► heap; large pieces recycled by the core, bounded
 //! ```
 
 use std::alloc::{self, Layout};
@@ -25,6 +25,12 @@ pub const ALIGN: usize = 4096;
 /// Smallest and largest arena piece, as powers of two: 4 KiB to 256 KiB.
 const CLASS_MIN: u32 = 12;
 const CLASSES: usize = 7;
+
+/// Heap pieces above the largest arena class are mapped one by one (so that memory nobody has touched costs nothing,
+/// whatever a client announces) and kept for reuse up to this many bytes a core.
+const SPARE_BYTES: usize = 8 << 20;
+/// Sizes that are kept, as powers of two: up to 8 MiB.
+const SPARE_CLASSES: usize = 24;
 
 /// One core's registered memory.
 pub(crate) struct Arena {
@@ -68,6 +74,57 @@ struct Pool {
     arena: Arc<Arena>,
     free: [Vec<u32>; CLASSES],
     bump: usize,
+    spare: Spare,
+}
+
+/// Mapped pieces that were dropped, by the power of two of their size.
+#[derive(Default)]
+struct Spare {
+    free: [Vec<NonNull<u8>>; SPARE_CLASSES],
+    bytes: usize,
+}
+
+impl Spare {
+    fn take(&mut self, cap: usize) -> Option<NonNull<u8>> {
+        let ptr = self.free.get_mut(cap.trailing_zeros() as usize)?.pop()?;
+        self.bytes -= cap;
+        Some(ptr)
+    }
+
+    /// False if there is no room for it.
+    fn give(&mut self, ptr: NonNull<u8>, cap: usize) -> bool {
+        let Some(free) = self.free.get_mut(cap.trailing_zeros() as usize) else { return false };
+        if self.bytes + cap > SPARE_BYTES {
+            return false;
+        }
+        self.bytes += cap;
+        free.push(ptr);
+        true
+    }
+}
+
+impl Drop for Spare {
+    fn drop(&mut self) {
+        for (class, free) in self.free.iter().enumerate() {
+            free.iter().for_each(|&ptr| unmap(ptr, 1 << class));
+        }
+    }
+}
+
+/// Fresh zeroed pages, not touched yet.
+fn map(cap: usize) -> NonNull<u8> {
+    let (prot, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: an anonymous mapping at an address of the kernel's choice touches no existing memory.
+    let ptr = unsafe { libc::mmap(std::ptr::null_mut(), cap, prot, flags, -1, 0) };
+    match NonNull::new(ptr.cast::<u8>()) {
+        Some(ptr) if ptr.as_ptr().cast() != libc::MAP_FAILED => ptr,
+        _ => alloc::handle_alloc_error(Layout::from_size_align(cap, ALIGN).unwrap_or(Layout::new::<u8>())),
+    }
+}
+
+fn unmap(ptr: NonNull<u8>, cap: usize) {
+    // SAFETY: callers pass a whole mapping made by `map` with this size, which nobody else has.
+    unsafe { libc::munmap(ptr.as_ptr().cast(), cap) };
 }
 
 thread_local! {
@@ -76,7 +133,7 @@ thread_local! {
 
 /// Gives the current thread a pool on `arena`; `None` takes it away.
 pub(crate) fn set_pool(arena: Option<Arc<Arena>>) {
-    POOL.set(arena.map(|arena| Pool { arena, free: Default::default(), bump: 0 }));
+    POOL.set(arena.map(|arena| Pool { arena, free: Default::default(), bump: 0, spare: Spare::default() }));
 }
 
 impl Pool {
@@ -118,6 +175,7 @@ impl Pool {
 
 enum Home {
     Heap,
+    Mapped,
     Arena(Arc<Arena>, u8),
 }
 
@@ -150,13 +208,13 @@ impl Buf {
                 return Buf { ptr, len, cap: 1 << bits, home: Home::Arena(arena, class as u8) };
             }
         }
-        Buf::heap(len)
+        if class < CLASSES { Buf::heap(len) } else { Buf::mapped(len) }
     }
 
     /// A zeroed buffer.
     pub fn zeroed(len: usize) -> Buf {
         let mut buf = Buf::new(len);
-        if matches!(buf.home, Home::Arena(..)) {
+        if !matches!(buf.home, Home::Heap) {
             buf.fill(0);
         }
         buf
@@ -167,6 +225,12 @@ impl Buf {
         let mut buf = Buf::new(data.len());
         buf.copy_from_slice(data);
         buf
+    }
+
+    fn mapped(len: usize) -> Buf {
+        let cap = len.next_power_of_two();
+        let spare = POOL.with_borrow_mut(|p| p.as_mut()?.spare.take(cap));
+        Buf { ptr: spare.unwrap_or_else(|| map(cap)), len, cap, home: Home::Mapped }
     }
 
     fn heap(len: usize) -> Buf {
@@ -201,7 +265,7 @@ impl Buf {
     /// Whether this piece is in the arena registered with the current thread's ring.
     pub(crate) fn is_registered(&self) -> bool {
         match &self.home {
-            Home::Heap => false,
+            Home::Heap | Home::Mapped => false,
             Home::Arena(arena, _) => {
                 POOL.with_borrow(|p| p.as_ref().is_some_and(|p| Arc::ptr_eq(&p.arena, arena)))
             }
@@ -239,6 +303,13 @@ impl Drop for Buf {
                 let layout = Layout::from_size_align(self.cap, ALIGN).expect("the layout it was made with");
                 // SAFETY: allocated in `heap` with this layout, and owned uniquely.
                 unsafe { alloc::dealloc(self.ptr.as_ptr(), layout) }
+            }
+            Home::Mapped => {
+                let (ptr, cap) = (self.ptr, self.cap);
+                let kept = POOL.try_with(|p| p.borrow_mut().as_mut().is_some_and(|p| p.spare.give(ptr, cap)));
+                if kept != Ok(true) {
+                    unmap(ptr, cap);
+                }
             }
             Home::Arena(arena, class) => {
                 let off = (self.ptr.as_ptr() as usize - arena.base.as_ptr() as usize) as u32;
@@ -292,6 +363,25 @@ mod tests {
         }
         set_pool(None);
         assert_eq!(Arc::strong_count(&arena), 1);
+    }
+
+    /// Goal: large pieces are recycled, within the bound, and a zeroed one is zero all the same. Method: stamp, drop
+    /// and take again; drop more than may be kept; drop without a pool.
+    #[test]
+    fn large_pieces_are_recycled() {
+        set_pool(Arena::new(1 << 20));
+        let mut b = Buf::new((1 << 20) - 7);
+        b.fill(7);
+        let at = b.as_ptr();
+        drop(b);
+        let b = Buf::zeroed(600_000);
+        assert!(b.as_ptr() == at && b.is_zero() && b.capacity() == 1 << 20);
+        drop((b, (0..20).map(|_| Buf::new(1 << 20)).collect::<Vec<_>>(), Buf::new(100 << 20)));
+        POOL.with_borrow(|p| assert_eq!(p.as_ref().map(|p| p.spare.bytes), Some(SPARE_BYTES)));
+        let last = Buf::new(3 << 20);
+        set_pool(None);
+        drop(last);
+        assert!(Buf::new(5 << 20).is_zero());
     }
 
     /// Goal: the zero test sees every byte. Method: one non-zero byte at each position of an unaligned slice.
