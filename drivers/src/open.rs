@@ -12,17 +12,16 @@
 use crate::format::raw::{self, RawConfig};
 use crate::options::blockdev::{
     BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsFile, BlockdevOptionsNull,
-    BlockdevOptionsRaw, BlockdevRef,
+    BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
 };
-use crate::options::types::{
-    BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions, OnOffAuto,
-};
-use crate::protocol::file::{FileConfig, FileDriver};
+use crate::options::types::{BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions};
+use crate::protocol::file::{FileConfig, FileDriver, locking};
 use crate::protocol::null::{DEFAULT_SIZE, NullConfig, NullDriver};
 use ringblock_engine::driver::{LocalFuture, OpenFn, Opened, Role};
 use ringblock_engine::error::{Errno, Error};
-use ringblock_engine::graph::{ChildSpec, Common, DetectZeroes, NodeSpec, OpenCx};
-use ringblock_engine::host::linux::lock::Locking;
+use ringblock_engine::graph::{
+    ChildSpec, Common, DetectZeroes, GraphInfo, NodeInfo, NodeSpec, OpenCx, Reopen,
+};
 use std::sync::Arc;
 
 /// How a node differs from what its options alone say.
@@ -51,17 +50,13 @@ pub fn child(of: &BlockdevRef, parent: &Common, role: Role) -> Result<ChildSpec,
         BlockdevRef::Reference(name) => return Ok(ChildSpec::Reference(name.clone())),
         BlockdevRef::Definition(options) => (**options).clone(),
     };
-    // A parent that settles for read-only passes the right to do so on.
-    let inherited = Common {
-        auto_read_only: parent.auto_read_only,
-        ..parent.for_child(role)
-    };
-    let common = common(&options.base, inherited)?;
-    Ok(ChildSpec::Inline(Box::new(spec(
-        options,
-        common,
-        How::default(),
-    )?)))
+    let common = common(&options.base, inherit(parent, role))?;
+    Ok(ChildSpec::Inline(Box::new(spec(options, common, How::default())?)))
+}
+
+/// What a child in place takes over from its parent. A parent that settles for read-only passes the right on.
+fn inherit(parent: &Common, role: Role) -> Common {
+    Common { auto_read_only: parent.auto_read_only, ..parent.for_child(role) }
 }
 
 /// The options every node has, over what is inherited.
@@ -73,9 +68,7 @@ pub fn common(base: &BlockdevOptionsBase, inherited: Common) -> Result<Common, E
         force_share: base.force_share.unwrap_or(inherited.force_share),
         direct: cache.and_then(|c| c.direct).unwrap_or(inherited.direct),
         no_flush: cache.and_then(|c| c.no_flush).unwrap_or(inherited.no_flush),
-        discard: base
-            .discard
-            .map_or(inherited.discard, |d| d == BlockdevDiscardOptions::Unmap),
+        discard: base.discard.map_or(inherited.discard, |d| d == BlockdevDiscardOptions::Unmap),
         detect_zeroes: base.detect_zeroes.map_or(inherited.detect_zeroes, |d| match d {
             BlockdevDetectZeroesOptions::Off => DetectZeroes::Off,
             BlockdevDetectZeroesOptions::On => DetectZeroes::On,
@@ -83,9 +76,7 @@ pub fn common(base: &BlockdevOptionsBase, inherited: Common) -> Result<Common, E
         }),
     };
     if common.force_share && !common.read_only {
-        return Err(Error::invalid(
-            "force-share=on can only be used with read-only images",
-        ));
+        return Err(Error::invalid("force-share=on can only be used with read-only images"));
     }
     if common.detect_zeroes == DetectZeroes::Unmap && !common.discard {
         return Err(Error::invalid(
@@ -129,20 +120,13 @@ fn file(o: &BlockdevOptionsFile, common: &Common, device: bool) -> Result<OpenFn
         direct: common.direct,
         read_only: common.read_only,
         auto_read_only: common.auto_read_only,
-        locking: match o.locking {
-            None | Some(OnOffAuto::Auto) => Locking::Auto,
-            Some(OnOffAuto::On) => Locking::On,
-            Some(OnOffAuto::Off) => Locking::Off,
-        },
+        locking: locking(o.locking),
         force_share: common.force_share,
     };
     Ok(Box::new(move |_cx| {
         Box::pin(async move {
             let driver = FileDriver::open(config).await?;
-            Ok(Opened {
-                driver: Arc::new(driver),
-                owner: None,
-            })
+            Ok(Opened { driver: Arc::new(driver), owner: None })
         })
     }))
 }
@@ -154,26 +138,84 @@ fn null(o: &BlockdevOptionsNull, name: &'static str) -> Result<OpenFn, Error> {
         latency_ns: o.latency_ns.unwrap_or(0),
         read_zeroes: o.read_zeroes.unwrap_or(false),
     })?;
-    Ok(Box::new(move |_cx| {
-        Box::pin(async move {
-            Ok(Opened {
-                driver: Arc::new(driver),
-                owner: None,
-            })
-        })
-    }))
+    Ok(Box::new(move |_cx| Box::pin(async move { Ok(Opened { driver: Arc::new(driver), owner: None }) })))
 }
 
 fn raw(o: &BlockdevOptionsRaw, common: &Common, how: How) -> Result<OpenFn, Error> {
-    let config = RawConfig {
-        offset: o.offset.map_or(0, |s| s.0),
-        size: o.size.map(|s| s.0),
-        probed: how.probed,
-    };
+    let config =
+        RawConfig { offset: o.offset.map_or(0, |s| s.0), size: o.size.map(|s| s.0), probed: how.probed };
     let file = child(&o.file, common, Role::Data)?;
-    Ok(Box::new(
-        move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
-            Box::pin(raw::open(cx, config, file))
-        },
-    ))
+    Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
+        Box::pin(raw::open(cx, config, file))
+    }))
+}
+
+/// The changes that `blockdev-reopen` asks for: the nodes named, and the children they describe in place.
+///
+/// Options that are not given go back to their defaults. A child given by name must be the one that is there.
+pub fn reopen(all: Vec<BlockdevOptions>, graph: &GraphInfo) -> Result<Vec<Reopen>, Error> {
+    let mut items = Vec::new();
+    for options in all {
+        let Some(name) = options.node_name().map(str::to_owned) else {
+            return Err(Error::invalid("node-name not specified"));
+        };
+        let node = graph.nodes.iter().find(|n| n.name == name);
+        let node = node.ok_or_else(|| {
+            Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{name}'"))
+        })?;
+        reopen_one(options, node, Common::default(), graph, &mut items)?;
+    }
+    Ok(items)
+}
+
+fn reopen_one(
+    options: BlockdevOptions,
+    node: &NodeInfo,
+    inherited: Common,
+    graph: &GraphInfo,
+    items: &mut Vec<Reopen>,
+) -> Result<(), Error> {
+    if options.driver.as_str() != node.driver.name() {
+        return Err(Error::invalid("Cannot change the option 'driver'"));
+    }
+    if options.node_name().is_some_and(|n| n != node.name) {
+        return Err(Error::invalid("Cannot change the option 'node-name'"));
+    }
+    let common = common(&options.base, inherited)?;
+    let mut children: Vec<_> = options.children().into_iter().map(|(edge, of)| (edge, of.clone())).collect();
+    if let BlockdevDriver::Qcow2(o) = &options.driver {
+        children.extend(reopen_backing(o.backing.as_ref(), node)?.map(|of| ("backing", of)));
+    }
+    items.push(Reopen { name: node.name.clone(), flags: common.flags(), common, config: Arc::new(options) });
+    for (edge, of) in children {
+        let role = if edge == "backing" { Role::Cow } else { Role::Data };
+        let there = node.edges.iter().find(|e| e.name == edge);
+        match of {
+            BlockdevRef::Reference(name) if there.is_some_and(|e| e.child == name) => {}
+            BlockdevRef::Definition(options) => {
+                let child = there.and_then(|e| graph.nodes.iter().find(|n| n.id == e.node));
+                let child = child.ok_or_else(|| replaced(edge, node))?;
+                reopen_one(*options, child, inherit(&common, role), graph, items)?;
+            }
+            BlockdevRef::Reference(_) => return Err(replaced(edge, node)),
+        }
+    }
+    Ok(())
+}
+
+fn replaced(edge: &str, node: &NodeInfo) -> Error {
+    let text = format!("Changing the '{edge}' child of node '{}' is not supported", node.name);
+    Error::new(Errno::ENOTSUP, text)
+}
+
+/// The `backing` option must be there if a backing node is, because leaving it out would not say which.
+fn reopen_backing(given: Option<&BlockdevRefOrNull>, node: &NodeInfo) -> Result<Option<BlockdevRef>, Error> {
+    let there = node.edges.iter().any(|e| e.name == "backing");
+    match given {
+        None if there => Err(Error::invalid(format!("backing is missing for '{}'", node.name))),
+        Some(BlockdevRefOrNull::Null(())) if there => Err(replaced("backing", node)),
+        None | Some(BlockdevRefOrNull::Null(())) => Ok(None),
+        Some(BlockdevRefOrNull::Definition(o)) => Ok(Some(BlockdevRef::Definition(o.clone()))),
+        Some(BlockdevRefOrNull::Reference(n)) => Ok(Some(BlockdevRef::Reference(n.clone()))),
+    }
 }

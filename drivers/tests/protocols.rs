@@ -40,12 +40,7 @@ impl Drop for Folder {
 
 /// Runs a task on core 0 of an engine with two cores, then closes the graph.
 fn on_engine<T: Send + 'static>(make: impl FnOnce() -> LocalFuture<'static, T> + Send + 'static) -> T {
-    let engine = Engine::start(&Config {
-        cores: 2,
-        pin: false,
-        ..Config::default()
-    })
-    .unwrap();
+    let engine = Engine::start(&Config { cores: 2, pin: false, ..Config::default() }).unwrap();
     engine.run(0, || {
         Box::pin(async move {
             let result = make().await;
@@ -66,15 +61,7 @@ async fn add(options: Value) -> Result<String, Error> {
 
 async fn attach(node: &str, perm: u8, shared: u8) -> Result<Root, Error> {
     let user = "the test".to_owned();
-    Graph::current()
-        .attach(RootSpec {
-            node: node.to_owned(),
-            perm,
-            shared,
-            user,
-            throttle: None,
-        })
-        .await
+    Graph::current().attach(RootSpec { node: node.to_owned(), perm, shared, user, throttle: None }).await
 }
 
 const RW: u8 = perm::CONSISTENT_READ | perm::WRITE;
@@ -119,15 +106,8 @@ fn raw_on_file_moves_bytes() {
         });
         let bytes = std::fs::read(&path).unwrap();
         assert_eq!(bytes.len(), 1 << 20);
-        assert_eq!(
-            bytes.iter().filter(|b| **b == 0x55).count(),
-            4096 + 3 + 8194 + 1,
-            "direct={direct}"
-        );
-        assert_eq!(
-            (bytes[4999], bytes[5000], bytes[5002], bytes[5003]),
-            (0xaa, 0x55, 0x55, 0xaa)
-        );
+        assert_eq!(bytes.iter().filter(|b| **b == 0x55).count(), 4096 + 3 + 8194 + 1, "direct={direct}");
+        assert_eq!((bytes[4999], bytes[5000], bytes[5002], bytes[5003]), (0xaa, 0x55, 0x55, 0xaa));
     }
 }
 
@@ -153,16 +133,7 @@ fn zeroes_discards_and_status() {
 
             root.write_zeroes(65536, 65536, Flags::NONE).await.unwrap();
             assert_eq!(blocks(), full, "no unmap asked for");
-            root.write_zeroes(
-                131072,
-                65536,
-                Flags {
-                    may_unmap: true,
-                    ..Flags::NONE
-                },
-            )
-            .await
-            .unwrap();
+            root.write_zeroes(131072, 65536, Flags { may_unmap: true, ..Flags::NONE }).await.unwrap();
             root.discard(262144, 65536).await.unwrap();
             assert!(blocks() <= full - 131072);
             for at in [65536, 131072, 262144] {
@@ -172,14 +143,8 @@ fn zeroes_discards_and_status() {
             assert!(!s.data && s.zero && s.allocated && s.len == 65536);
             let s = root.status(131072..1 << 20, false).await.unwrap();
             assert!(s.data, "a coarse answer");
-            let fast = Flags {
-                no_fallback: true,
-                ..Flags::NONE
-            };
-            assert!(matches!(
-                root.write_zeroes(0, 4096, fast).await,
-                Ok(()) | Err(Errno::ENOTSUP)
-            ));
+            let fast = Flags { no_fallback: true, ..Flags::NONE };
+            assert!(matches!(root.write_zeroes(0, 4096, fast).await, Ok(()) | Err(Errno::ENOTSUP)));
         })
     });
 }
@@ -197,24 +162,11 @@ fn discard_is_ignored_by_default() {
             add(node).await.unwrap();
             let root = attach("r", RW, perm::ALL).await.unwrap();
             root.discard(0, 1 << 18).await.unwrap();
-            root.write_zeroes(
-                0,
-                1 << 17,
-                Flags {
-                    may_unmap: true,
-                    ..Flags::NONE
-                },
-            )
-            .await
-            .unwrap();
+            root.write_zeroes(0, 1 << 17, Flags { may_unmap: true, ..Flags::NONE }).await.unwrap();
         })
     });
     assert_eq!(std::fs::metadata(&path).unwrap().blocks(), before);
-    assert!(
-        std::fs::read(&path).unwrap()[1 << 17..]
-            .iter()
-            .all(|b| *b == 0xaa)
-    );
+    assert!(std::fs::read(&path).unwrap()[1 << 17..].iter().all(|b| *b == 0xaa));
 }
 
 /// Goal: windows translate both ways and cannot be resized; a whole raw node can.
@@ -227,9 +179,7 @@ fn windows_and_resize() {
     on_engine(move || {
         Box::pin(async move {
             let g = Graph::current();
-            add(json!({"driver": "file", "filename": path, "node-name": "f"}))
-                .await
-                .unwrap();
+            add(json!({"driver": "file", "filename": path, "node-name": "f"})).await.unwrap();
             add(json!({"driver": "raw", "node-name": "w", "file": "f", "offset": 1024, "size": 2048}))
                 .await
                 .unwrap();
@@ -242,9 +192,7 @@ fn windows_and_resize() {
             g.del("w").await.unwrap();
             g.del("f").await.unwrap();
 
-            add(json!({"driver": "raw", "node-name": "r", "file": file}))
-                .await
-                .unwrap();
+            add(json!({"driver": "raw", "node-name": "r", "file": file})).await.unwrap();
             g.resize("r", 1 << 20, Preallocation::Falloc).await.unwrap();
             let r = attach("r", RW, perm::ALL).await.unwrap();
             assert_eq!(r.size(), Ok(1 << 20));
@@ -266,9 +214,7 @@ fn locks_follow_permissions() {
             let g = Graph::current();
             for name in ["a", "b"] {
                 let file = json!({"driver": "file", "filename": path});
-                add(json!({"driver": "raw", "node-name": name, "file": file}))
-                    .await
-                    .unwrap();
+                add(json!({"driver": "raw", "node-name": name, "file": file})).await.unwrap();
             }
             let a = attach("a", RW, NO_WRITERS).await.unwrap();
             let e = attach("b", RW, NO_WRITERS).await.unwrap_err();
@@ -281,10 +227,7 @@ fn locks_follow_permissions() {
             let b = attach("b", RW, NO_WRITERS).await.unwrap();
             let peer = || {
                 let mut peer = std::process::Command::new("qemu-io");
-                peer.args(["-f", "raw", "-c", "length"])
-                    .arg(&path)
-                    .output()
-                    .unwrap()
+                peer.args(["-f", "raw", "-c", "length"]).arg(&path).output().unwrap()
             };
             let text = String::from_utf8_lossy(&peer().stderr).into_owned();
             assert!(text.contains("Failed to get \"write\" lock"), "{text}");
@@ -309,12 +252,7 @@ fn auto_read_only_is_dynamic() {
             let info =
                 std::fs::read_to_string(format!("/proc/self/fdinfo/{}", e.file_name().to_string_lossy()));
             let info = info.unwrap_or_default();
-            let flags = info
-                .lines()
-                .find_map(|l| l.strip_prefix("flags:"))
-                .unwrap_or("0")
-                .trim()
-                .to_owned();
+            let flags = info.lines().find_map(|l| l.strip_prefix("flags:")).unwrap_or("0").trim().to_owned();
             u32::from_str_radix(&flags, 8).unwrap_or(0) & 3 == 2
         })
         .count()
@@ -398,15 +336,7 @@ fn guessed_raw_guards_block_0() {
     on_engine(move || {
         Box::pin(async move {
             let node = json!({"driver": "raw", "node-name": "r", "file": file_options(&path)});
-            add_how(
-                node,
-                How {
-                    probed: true,
-                    ..How::default()
-                },
-            )
-            .await
-            .unwrap();
+            add_how(node, How { probed: true, ..How::default() }).await.unwrap();
             let root = attach("r", RW, perm::ALL).await.unwrap();
             let mut evil = vec![0; 4096];
             evil[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
@@ -434,9 +364,7 @@ fn create_files() {
     let fresh = new.clone();
     on_engine(move || {
         Box::pin(async move {
-            add(json!({"driver": "raw", "node-name": "r", "file": file_options(&path)}))
-                .await
-                .unwrap();
+            add(json!({"driver": "raw", "node-name": "r", "file": file_options(&path)})).await.unwrap();
             let user = attach("r", RW, NO_WRITERS).await.unwrap();
             let e = file::create(&path, 4096, Preallocation::Off).await.unwrap_err();
             assert_eq!(e.message, "Failed to get \"write\" lock");
@@ -446,11 +374,7 @@ fn create_files() {
             file::create(&path, 8192, Preallocation::Full).await.unwrap();
             file::create(&new, 1 << 20, Preallocation::Off).await.unwrap();
             assert!(file::create(&new, 1, Preallocation::Metadata).await.is_err());
-            assert!(
-                file::create(Path::new("/dev/null"), 1, Preallocation::Off)
-                    .await
-                    .is_err()
-            );
+            assert!(file::create(Path::new("/dev/null"), 1, Preallocation::Off).await.is_err());
         })
     });
     let meta = std::fs::metadata(&made).unwrap();
@@ -478,4 +402,76 @@ fn odd_lengths() {
             assert_eq!(e.message, "Block node is read-only");
         })
     });
+}
+
+/// Goal: reopening changes what may change, refuses the rest with the known texts, and a refusal changes nothing.
+/// Method: one file under a raw node, with a writer whose data must arrive through every kind of descriptor.
+#[test]
+fn reopen_nodes() {
+    let t = Folder::new();
+    let path = t.file("a", 1 << 20);
+    let seen = path.clone();
+    on_engine(move || {
+        Box::pin(async move {
+            let g = Graph::current();
+            let f = |more: Value| {
+                let mut o = json!({"driver": "file", "node-name": "f", "filename": path});
+                o.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+                o
+            };
+            let reopen = |o: Value| {
+                let g = Graph::current();
+                async move {
+                    let o: BlockdevOptions = from_json(&o)?;
+                    g.reopen(open::reopen(vec![o], &g.info())?).await
+                }
+            };
+            add(f(json!({"read-only": true}))).await.unwrap();
+            add(json!({"driver": "raw", "node-name": "r", "file": "f"})).await.unwrap();
+            for (o, text) in [
+                (f(json!({"filename": "other"})), "Cannot change the option 'filename'"),
+                (f(json!({"locking": "off"})), "Cannot change the option 'locking'"),
+                (
+                    json!({"driver": "raw", "node-name": "f", "file": "r"}),
+                    "Cannot change the option 'driver'",
+                ),
+                (
+                    json!({"driver": "raw", "node-name": "r", "file": "r"}),
+                    "Changing the 'file' child of node 'r' is not supported",
+                ),
+                (
+                    json!({"driver": "raw", "node-name": "zz", "file": "f"}),
+                    "Failed to find node with node-name='zz'",
+                ),
+                (json!({"driver": "raw", "file": "f"}), "node-name not specified"),
+                (
+                    json!({"driver": "raw", "node-name": "r", "file": "f", "offset": 512}),
+                    "Cannot change the option 'offset'",
+                ),
+            ] {
+                assert_eq!(reopen(o).await.unwrap_err().message, text);
+            }
+            assert!(attach("r", RW, perm::ALL).await.is_err(), "still read-only");
+            reopen(f(json!({}))).await.unwrap();
+            let root = attach("r", RW, perm::ALL).await.unwrap();
+            write(&root, 0, b"page cache").await.unwrap();
+            reopen(f(json!({"cache": {"direct": true}}))).await.unwrap();
+            assert!(g.info().nodes.iter().all(|n| n.limits.memory_alignment > 1));
+            write(&root, 4096, b"direct").await.unwrap();
+            assert_eq!(&read(&root, 0, 10).await.unwrap(), b"page cache");
+            let e = reopen(f(json!({"read-only": true}))).await.unwrap_err();
+            assert_eq!(e.message, "Read-only block node 'f' cannot support read-write users");
+            reopen(json!({"driver": "raw", "node-name": "r", "file": f(json!({"auto-read-only": true}))}))
+                .await
+                .unwrap();
+            write(&root, 8192, b"again").await.unwrap();
+            g.detach(root).await.unwrap();
+            reopen(f(json!({"read-only": true}))).await.unwrap();
+        })
+    });
+    let bytes = std::fs::read(&seen).unwrap();
+    assert_eq!(
+        (&bytes[..4], &bytes[4096..4102], &bytes[8192..8197]),
+        (&b"page"[..], &b"direct"[..], &b"again"[..])
+    );
 }

@@ -29,9 +29,7 @@ const MAGICS: &[(usize, &[u8], &str)] = &[
 /// The format of an image that begins with `head` (up to [`HEAD`] bytes; a shorter file gives fewer); `raw` for
 /// anything not known.
 pub fn probe(head: &[u8]) -> &'static str {
-    let known = MAGICS
-        .iter()
-        .find(|(at, magic, _)| head.get(*at..at + magic.len()) == Some(magic));
+    let known = MAGICS.iter().find(|(at, magic, _)| head.get(*at..at + magic.len()) == Some(magic));
     known.map_or("raw", |(_, _, format)| format)
 }
 

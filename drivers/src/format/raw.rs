@@ -11,12 +11,13 @@
 //! ```
 
 use super::probe;
+use crate::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevOptionsRaw};
 use ringblock_engine::driver::{
     Access, Driver, Extents, Kind, Limits, LocalFuture, Lookup, Map, Op, Opened, Preallocation, Request,
     Role, Status, Target,
 };
 use ringblock_engine::error::{Errno, Error};
-use ringblock_engine::graph::{ChildSpec, OpenCx};
+use ringblock_engine::graph::{ChildSpec, OpenCx, Prepared, Reopen};
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Child;
 use std::any::Any;
@@ -38,33 +39,72 @@ pub struct RawConfig {
     pub probed: bool,
 }
 
+/// Stands for "no size given" in [`Window::fixed`].
+const ALL_OF_IT: u64 = u64::MAX;
+
+/// The window as it is now. Changes only while the node is drained.
+struct Window {
+    offset: AtomicU64,
+    fixed: AtomicU64,
+    size: AtomicU64,
+}
+
+impl Window {
+    fn new(config: &RawConfig, size: u64) -> Window {
+        let fixed = AtomicU64::new(config.size.unwrap_or(ALL_OF_IT));
+        Window { offset: AtomicU64::new(config.offset), fixed, size: AtomicU64::new(size) }
+    }
+
+    #[inline]
+    fn offset(&self) -> u64 {
+        self.offset.load(Ordering::Relaxed)
+    }
+
+    fn set(&self, config: &RawConfig, size: u64) {
+        self.offset.store(config.offset, Ordering::Relaxed);
+        self.fixed.store(config.size.unwrap_or(ALL_OF_IT), Ordering::Relaxed);
+        self.size.store(size, Ordering::Relaxed);
+    }
+
+    fn config(&self) -> RawConfig {
+        let fixed = self.fixed.load(Ordering::Relaxed);
+        RawConfig { offset: self.offset(), size: (fixed != ALL_OF_IT).then_some(fixed), probed: false }
+    }
+}
+
 /// A window on another node.
 pub struct RawDriver {
-    config: RawConfig,
+    probed: bool,
     file: Child,
     filename: String,
-    size: AtomicU64,
+    window: Arc<Window>,
+}
+
+impl RawConfig {
+    /// The window that options describe.
+    pub fn of(options: &BlockdevOptionsRaw) -> RawConfig {
+        RawConfig {
+            offset: options.offset.map_or(0, |s| s.0),
+            size: options.size.map(|s| s.0),
+            probed: false,
+        }
+    }
+
+    fn is_whole(&self) -> bool {
+        self.offset == 0 && self.size.is_none()
+    }
 }
 
 /// Opens a raw node on `file`.
 pub async fn open(cx: OpenCx, config: RawConfig, file: ChildSpec) -> Result<Opened, Error> {
     // A window is not the whole of its file, so its users' permissions do not simply pass through.
-    let whole = config.offset == 0 && config.size.is_none();
-    let file = cx
-        .open_child("file", if whole { Role::Filtered } else { Role::Data }, file)
-        .await?;
+    let whole = config.is_whole();
+    let file = cx.open_child("file", if whole { Role::Filtered } else { Role::Data }, file).await?;
     let size = window(&config, file.size()?)?;
     let filename = if whole { file.filename()? } else { String::new() };
-    let driver = RawDriver {
-        config,
-        file,
-        filename,
-        size: AtomicU64::new(size),
-    };
-    Ok(Opened {
-        driver: Arc::new(driver),
-        owner: None,
-    })
+    let window = Arc::new(Window::new(&config, size));
+    let driver = RawDriver { probed: config.probed, file, filename, window };
+    Ok(Opened { driver: Arc::new(driver), owner: None })
 }
 
 /// The size of the window in a file of `real` bytes.
@@ -91,15 +131,9 @@ fn window(config: &RawConfig, real: u64) -> Result<u64, Error> {
 impl Map for RawDriver {
     #[inline]
     fn lookup(&self, _access: Access, range: Range<u64>, out: &mut Extents) -> Lookup {
-        match self.config.offset.checked_add(range.start) {
+        match self.window.offset().checked_add(range.start) {
             Some(off) => {
-                out.push(
-                    range.end - range.start,
-                    Target::Data {
-                        child: self.file.ix(),
-                        off,
-                    },
-                );
+                out.push(range.end - range.start, Target::Data { child: self.file.ix(), off });
                 Lookup::Hit
             }
             None => Lookup::Bad(Errno::EFBIG),
@@ -109,7 +143,7 @@ impl Map for RawDriver {
 
 impl RawDriver {
     fn at(&self, offset: u64) -> Result<u64, Errno> {
-        self.config.offset.checked_add(offset).ok_or(Errno::EFBIG)
+        self.window.offset().checked_add(offset).ok_or(Errno::EFBIG)
     }
 
     /// Answers a request of a guarded node.
@@ -153,27 +187,37 @@ impl RawDriver {
         }
         let n = data.len().min(probe::HEAD - skip);
         head[skip..skip + n].copy_from_slice(&data[..n]);
-        if probe::probe(&head) == "raw" {
-            Ok(())
-        } else {
-            Err(Errno::EPERM)
-        }
+        if probe::probe(&head) == "raw" { Ok(()) } else { Err(Errno::EPERM) }
     }
 
     async fn resize(&self, size: u64, prealloc: Preallocation) -> Result<(), Error> {
-        if self.config.size.is_some() {
+        let config = self.window.config();
+        if config.size.is_some() {
             return Err(Error::new(Errno::ENOTSUP, "Cannot resize fixed-size raw disks"));
         }
-        let end = self
-            .config
-            .offset
-            .checked_add(size)
-            .filter(|e| i64::try_from(*e).is_ok());
+        let end = config.offset.checked_add(size).filter(|e| i64::try_from(*e).is_ok());
         let end = end.ok_or_else(|| Error::invalid("Disk size too large for the chosen offset"))?;
         self.file.truncate(end, prealloc).await?;
-        self.size
-            .store(window(&self.config, self.file.size()?)?, Ordering::Relaxed);
+        self.window.set(&config, window(&config, self.file.size()?)?);
         Ok(())
+    }
+}
+
+impl RawDriver {
+    /// The window may change; whether it is the whole file may not, since that decides how permissions pass.
+    fn reopen(&self, new: &Reopen) -> Result<Prepared, Error> {
+        let options = match new.config.downcast_ref::<BlockdevOptions>().map(|o| &o.driver) {
+            Some(BlockdevDriver::Raw(o)) => o,
+            _ => return Err(Error::invalid("Cannot change the option 'driver'")),
+        };
+        let (config, old) = (RawConfig::of(options), self.window.config());
+        if config.is_whole() != old.is_whole() {
+            let name = if config.offset != old.offset { "offset" } else { "size" };
+            return Err(Error::invalid(format!("Cannot change the option '{name}'")));
+        }
+        let size = window(&config, self.file.size()?)?;
+        let at = self.window.clone();
+        Ok(Prepared { commit: Box::new(move || at.set(&config, size)), abort: Box::new(|| {}) })
     }
 }
 
@@ -184,25 +228,18 @@ impl Driver for RawDriver {
 
     #[inline]
     fn size(&self) -> u64 {
-        self.size.load(Ordering::Relaxed)
+        self.window.size.load(Ordering::Relaxed)
     }
 
     fn limits(&self) -> Limits {
         // Only whole sectors, so that a guarded write shows all of block 0 or none of it.
-        let request_alignment = if self.config.probed { SECTOR as u32 } else { 1 };
-        Limits {
-            request_alignment,
-            ..Limits::default()
-        }
+        let request_alignment = if self.probed { SECTOR as u32 } else { 1 };
+        Limits { request_alignment, ..Limits::default() }
     }
 
     #[inline]
     fn kind(&self) -> Kind<'_> {
-        if self.config.probed {
-            Kind::Full
-        } else {
-            Kind::Map(self)
-        }
+        if self.probed { Kind::Full } else { Kind::Map(self) }
     }
 
     fn submit(&self, mut req: Request) -> LocalFuture<'_, (Result<(), Errno>, Request)> {
@@ -227,6 +264,14 @@ impl Driver for RawDriver {
         self.filename.clone()
     }
 
+    fn supports_reopen(&self) -> bool {
+        true
+    }
+
+    fn reopen_prepare<'a>(&'a self, new: &'a Reopen) -> LocalFuture<'a, Result<Prepared, Error>> {
+        Box::pin(async move { self.reopen(new) })
+    }
+
     fn as_any(&self) -> &dyn Any {
         self
     }
@@ -237,11 +282,7 @@ mod tests {
     use super::*;
 
     fn at(offset: u64, size: Option<u64>) -> RawConfig {
-        RawConfig {
-            offset,
-            size,
-            probed: false,
-        }
+        RawConfig { offset, size, probed: false }
     }
 
     /// Goal: windows that do not fit are refused with the known texts, the others have the right size.
@@ -259,10 +300,7 @@ mod tests {
             text(at(512, Some(1024)), 1024),
             "The sum of offset (512) and size (1024) has to be smaller or equal to the  actual size of the containing file (1024)"
         );
-        assert_eq!(
-            text(at(0, Some(513)), 1024),
-            "Specified size is not multiple of 512"
-        );
+        assert_eq!(text(at(0, Some(513)), 1024), "Specified size is not multiple of 512");
         assert!(window(&at(u64::MAX, Some(u64::MAX)), 1024).is_err());
     }
 }

@@ -3,8 +3,10 @@
 //! Writes vanish at once or after `latency-ns`. Reads give zeroes with `read-zeroes`, otherwise whatever is in the
 //! buffer, like the peer's driver; buffers are always initialised memory of this process's own I/O pools.
 
+use crate::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevOptionsNull};
 use ringblock_engine::driver::{Driver, Kind, Leaf, LocalFuture, Op, Request, Status};
 use ringblock_engine::error::{Errno, Error};
+use ringblock_engine::graph::{Prepared, Reopen};
 use ringblock_engine::timer::Sleep;
 use std::any::Any;
 use std::ops::Range;
@@ -40,11 +42,22 @@ impl NullDriver {
         if i64::try_from(config.latency_ns).is_err() {
             return Err(Error::invalid("latency-ns is invalid"));
         }
-        let leaf = Leaf::Null {
-            read_zeroes: config.read_zeroes,
-            latency_ns: config.latency_ns,
-        };
+        let leaf = Leaf::Null { read_zeroes: config.read_zeroes, latency_ns: config.latency_ns };
         Ok(NullDriver { config, leaf })
+    }
+
+    fn same(&self, o: &BlockdevOptionsNull) -> Result<(), Error> {
+        let changed = |name: &str| Err(Error::invalid(format!("Cannot change the option '{name}'")));
+        if o.size.map_or(DEFAULT_SIZE, |s| s.0) != self.config.size {
+            return changed("size");
+        }
+        if o.latency_ns.unwrap_or(0) != self.config.latency_ns {
+            return changed("latency-ns");
+        }
+        if o.read_zeroes.unwrap_or(false) != self.config.read_zeroes {
+            return changed("read-zeroes");
+        }
+        Ok(())
     }
 }
 
@@ -90,6 +103,23 @@ impl Driver for NullDriver {
 
     fn filename(&self) -> String {
         format!("{}://", self.config.name)
+    }
+
+    fn supports_reopen(&self) -> bool {
+        true
+    }
+
+    /// Only the options every node has can change.
+    fn reopen_prepare<'a>(&'a self, new: &'a Reopen) -> LocalFuture<'a, Result<Prepared, Error>> {
+        let same = match new.config.downcast_ref::<BlockdevOptions>().map(|o| &o.driver) {
+            Some(BlockdevDriver::NullCo(o)) if self.config.name == "null-co" => self.same(o),
+            Some(BlockdevDriver::NullAio(o)) if self.config.name == "null-aio" => self.same(o),
+            _ => Err(Error::invalid("Cannot change the option 'driver'")),
+        };
+        Box::pin(async move {
+            same?;
+            Ok(Prepared { commit: Box::new(|| {}), abort: Box::new(|| {}) })
+        })
     }
 
     fn as_any(&self) -> &dyn Any {

@@ -26,10 +26,7 @@ pub(super) struct ZeroOps {
 
 impl ZeroOps {
     pub(super) fn new(kind: FileKind) -> ZeroOps {
-        ZeroOps {
-            kind,
-            caps: Capabilities::default(),
-        }
+        ZeroOps { kind, caps: Capabilities::default() }
     }
 
     /// Makes the range read as zeroes. `ENOTSUP` if the host can only do it by writing.
@@ -52,15 +49,8 @@ impl ZeroOps {
             return Err(Errno::ENOTSUP);
         }
         // A device cannot be extended and some kernels want that said.
-        let keep = if self.kind == FileKind::Regular {
-            0
-        } else {
-            FALLOC_KEEP_SIZE
-        };
-        match self
-            .attempt(file, HostOp::ZeroRange, FALLOC_ZERO_RANGE | keep, &range)
-            .await
-        {
+        let keep = if self.kind == FileKind::Regular { 0 } else { FALLOC_KEEP_SIZE };
+        match self.attempt(file, HostOp::ZeroRange, FALLOC_ZERO_RANGE | keep, &range).await {
             Err(Errno::ENOTSUP) => {}
             done => return done,
         }
@@ -85,31 +75,20 @@ impl ZeroOps {
         let file = file.clone();
         Core::current()
             .blocking(move || {
-                file.host().map_or(Err(Errno::ENOTSUP), |f| {
-                    probe::discard_device(f, start, end - start)
-                })
+                file.host().map_or(Err(Errno::ENOTSUP), |f| probe::discard_device(f, start, end - start))
             })
             .await
     }
 
     async fn punch(&self, file: &File, range: &Range<u64>) -> Result<(), Errno> {
-        self.attempt(
-            file,
-            HostOp::PunchHole,
-            FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE,
-            range,
-        )
-        .await
+        self.attempt(file, HostOp::PunchHole, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, range).await
     }
 
     async fn attempt(&self, file: &File, op: HostOp, mode: i32, range: &Range<u64>) -> Result<(), Errno> {
         if !self.caps.may_try(op) {
             return Err(Errno::ENOTSUP);
         }
-        match file
-            .fallocate(mode, range.start, range.end - range.start, None)
-            .await
-        {
+        match file.fallocate(mode, range.start, range.end - range.start, None).await {
             Err(e) if self.caps.note_error(op, e) => Err(Errno::ENOTSUP),
             // Not aligned to the device's sectors, or not for this range: write zeroes this time.
             Err(Errno::EINVAL) => Err(Errno::ENOTSUP),
