@@ -82,7 +82,7 @@ impl Child {
             Err(e) => return (Err(e), buf),
         };
         if flags == Flags::NONE {
-            match write_fast(&core, id, off, buf).await {
+            match write_fast(&core, id, off, buf, false).await {
                 Ok(done) => done,
                 Err(buf) => write_node(id, off, buf, flags).await,
             }

@@ -297,7 +297,7 @@ impl Entry {
         if flags != Flags::NONE {
             return write_node(self.node, off, buf, flags).await;
         }
-        match write_fast(&self.core, self.node, off, buf).await {
+        match write_fast(&self.core, self.node, off, buf, false).await {
             Ok(done) => done,
             Err(buf) => write_node(self.node, off, buf, flags).await,
         }

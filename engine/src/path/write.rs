@@ -17,22 +17,6 @@ use crate::mem::Buf;
 use crate::ring::{self, Dir};
 use crate::timer::Sleep;
 
-/// The whole range in place in one transfer, if it resolves at once: the hot path. `Err` gives the buffer back.
-#[inline]
-pub(crate) async fn write_fast(
-    core: &Core,
-    node: NodeId,
-    off: u64,
-    buf: Buf,
-) -> Result<(Result<(), Errno>, Buf), Buf> {
-    let pin = core.pin();
-    let mut plan = Plan::default();
-    if plan.add(&core.view.borrow(), Access::Write, node, off..off + buf.len() as u64).is_err() {
-        return Err(buf);
-    }
-    Ok(ring::transfer(Dir::Write { dsync: false }, buf, plan.segs, Some(pin)).await)
-}
-
 /// Writes the buffer at `off` of a node. The range is inside the node, or the node is a growable leaf.
 pub(crate) fn write_node(
     node: NodeId,
@@ -42,6 +26,15 @@ pub(crate) fn write_node(
 ) -> LocalFuture<'static, (Result<(), Errno>, Buf)> {
     Box::pin(async move {
         let core = Core::current();
+        let mut buf = buf;
+        if flags.fua
+            && let Some(dsync) = fua_leaf(&core, node)
+        {
+            match write_fast(&core, node, off, buf, dsync).await {
+                Ok(done) => return done,
+                Err(back) => buf = back,
+            }
+        }
         let (result, buf) = match flags.compressed {
             true => write_compressed(&core, node, off, buf).await,
             false => write_all(&core, node, off, buf).await,
@@ -51,6 +44,39 @@ pub(crate) fn write_node(
         }
         (result, buf)
     })
+}
+
+/// Whether FUA can be left to the write itself: only ownerless formats above one leaf. The answer is whether that leaf
+/// flushes at all.
+fn fua_leaf(core: &Core, node: NodeId) -> Option<bool> {
+    let view = core.view.borrow();
+    let mut node = view.node(node).ok()?;
+    loop {
+        match node.driver.kind() {
+            Kind::Leaf(Leaf::File(_)) => return Some(!node.flags.no_flush),
+            Kind::Leaf(Leaf::Null { .. }) => return Some(false),
+            Kind::Map(_) if !node.has_owner => node = view.node(node.child(0).ok()?).ok()?,
+            _ => return None,
+        }
+    }
+}
+
+/// The whole range in place in one transfer, if it resolves at once: the hot path. With `dsync` it is durable when it
+/// completes. `Err` gives the buffer back.
+#[inline]
+pub(crate) async fn write_fast(
+    core: &Core,
+    node: NodeId,
+    off: u64,
+    buf: Buf,
+    dsync: bool,
+) -> Result<(Result<(), Errno>, Buf), Buf> {
+    let pin = core.pin();
+    let mut plan = Plan::default();
+    if plan.add(&core.view.borrow(), Access::Write, node, off..off + buf.len() as u64).is_err() {
+        return Err(buf);
+    }
+    Ok(ring::transfer(Dir::Write { dsync }, buf, plan.segs, Some(pin)).await)
 }
 
 async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result<(), Errno>, Buf) {
@@ -291,7 +317,7 @@ async fn write_compressed(core: &Core, node: NodeId, off: u64, buf: Buf) -> (Res
     if !view.has_owner || cluster == 0 {
         return (Err(Errno::ENOTSUP), buf);
     }
-    if off % cluster != 0 || (end % cluster != 0 && end != view.driver.size()) {
+    if !off.is_multiple_of(cluster) || (!end.is_multiple_of(cluster) && end != view.driver.size()) {
         return (Err(Errno::EINVAL), buf);
     }
     let mut at = 0usize;

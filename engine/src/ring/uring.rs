@@ -209,7 +209,7 @@ impl Backend for Uring {
             }
         };
         // EBUSY: completions must be reaped first; EINTR and ETIME: nothing arrived. The next turn submits again.
-        self.unsubmitted = result.is_err() && self.ring.submission().len() > 0;
+        self.unsubmitted = result.is_err() && !self.ring.submission().is_empty();
     }
 
     fn reap(&mut self) -> Option<Cqe> {
