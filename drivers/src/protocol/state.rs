@@ -54,7 +54,7 @@ impl Mode {
     }
 
     pub(super) fn place(&self, writable: bool) -> usize {
-        usize::from(writable) * WRITABLE | usize::from(self.direct) * DIRECT
+        (if writable { WRITABLE } else { 0 }) | (if self.direct { DIRECT } else { 0 })
     }
 }
 
