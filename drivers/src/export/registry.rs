@@ -56,11 +56,7 @@ pub struct ExportStatus {
 enum Entry {
     Reserved,
     Live(Arc<dyn Export>),
-    Leaving {
-        kind: &'static str,
-        node_name: String,
-        waiters: Vec<Sender<()>>,
-    },
+    Leaving { kind: &'static str, node_name: String, waiters: Vec<Sender<()>> },
 }
 
 type Deleted = Box<dyn Fn(&str) + Send + Sync>;
@@ -81,10 +77,7 @@ pub struct Reservation {
 impl Exports {
     /// An empty table; `deleted` hears of each export that is gone (the event `BLOCK_EXPORT_DELETED`).
     pub fn new(deleted: impl Fn(&str) + Send + Sync + 'static) -> Arc<Exports> {
-        Arc::new(Exports {
-            table: Mutex::default(),
-            deleted: Box::new(deleted),
-        })
+        Arc::new(Exports { table: Mutex::default(), deleted: Box::new(deleted) })
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
@@ -101,16 +94,10 @@ impl Exports {
         }
         let mut table = self.table();
         if table.contains_key(id) {
-            return Err(Error::invalid(format!(
-                "Block export id '{id}' is already in use"
-            )));
+            return Err(Error::invalid(format!("Block export id '{id}' is already in use")));
         }
         table.insert(id.to_owned(), Entry::Reserved);
-        Ok(Reservation {
-            exports: self.clone(),
-            id: id.to_owned(),
-            published: false,
-        })
+        Ok(Reservation { exports: self.clone(), id: id.to_owned(), published: false })
     }
 
     /// Begins the removal of an export; the deleted callback tells of its end.
@@ -123,12 +110,7 @@ impl Exports {
 
     /// Removes every export of a type, cutting its clients, and waits until all are gone.
     pub async fn remove_all(self: &Arc<Exports>, kind: &str) {
-        let ids: Vec<String> = self
-            .query()
-            .into_iter()
-            .filter(|e| e.kind == kind)
-            .map(|e| e.id)
-            .collect();
+        let ids: Vec<String> = self.query().into_iter().filter(|e| e.kind == kind).map(|e| e.id).collect();
         let mut ends: Vec<Receiver<()>> = Vec::new();
         for id in ids {
             let (tx, rx) = oneshot();
@@ -169,11 +151,7 @@ impl Exports {
                 Some(Entry::Live(e)) => {
                     let (kind, node_name) = (e.kind(), e.node_name());
                     let waiters = waiter.into_iter().collect();
-                    let leaving = Entry::Leaving {
-                        kind,
-                        node_name,
-                        waiters,
-                    };
+                    let leaving = Entry::Leaving { kind, node_name, waiters };
                     match table.insert(id.to_owned(), leaving) {
                         Some(Entry::Live(e)) => e,
                         _ => return Ok(()),
@@ -203,12 +181,7 @@ impl Exports {
                 Entry::Live(e) => (e.kind(), e.node_name(), false),
                 Entry::Leaving { kind, node_name, .. } => (*kind, node_name.clone(), true),
             };
-            Some(ExportStatus {
-                id: id.clone(),
-                kind,
-                node_name,
-                shutting_down,
-            })
+            Some(ExportStatus { id: id.clone(), kind, node_name, shutting_down })
         };
         table.iter().filter_map(status).collect()
     }
@@ -283,25 +256,13 @@ mod tests {
         let (t, news) = table();
         drop(t.reserve("e0").unwrap());
         let r = t.reserve("e0").unwrap();
-        assert_eq!(
-            t.reserve("e0").err().unwrap().message,
-            "Block export id 'e0' is already in use"
-        );
+        assert_eq!(t.reserve("e0").err().unwrap().message, "Block export id 'e0' is already in use");
         assert!(t.query().is_empty());
-        assert_eq!(
-            t.remove("e0", RemoveMode::Hard).unwrap_err().message,
-            "Export 'e0' is not found"
-        );
-        let fake = Arc::new(Fake {
-            slow: true,
-            ..Fake::default()
-        });
+        assert_eq!(t.remove("e0", RemoveMode::Hard).unwrap_err().message, "Export 'e0' is not found");
+        let fake = Arc::new(Fake { slow: true, ..Fake::default() });
         r.publish(fake.clone());
         fake.used.store(true, Ordering::Relaxed);
-        assert_eq!(
-            t.remove("e0", RemoveMode::Safe).unwrap_err().message,
-            "export 'e0' still in use"
-        );
+        assert_eq!(t.remove("e0", RemoveMode::Safe).unwrap_err().message, "export 'e0' still in use");
         t.remove("e0", RemoveMode::Hard).unwrap();
         let e = t.remove("e0", RemoveMode::Hard).unwrap_err();
         assert_eq!(e.message, "Export 'e0' is already shutting down");
@@ -316,10 +277,7 @@ mod tests {
     #[test]
     fn remove_all_waits() {
         let (t, news) = table();
-        let slow = Arc::new(Fake {
-            slow: true,
-            ..Fake::default()
-        });
+        let slow = Arc::new(Fake { slow: true, ..Fake::default() });
         t.reserve("a").unwrap().publish(Arc::new(Fake::default()));
         t.reserve("b").unwrap().publish(slow.clone());
         t.remove("b", RemoveMode::Safe).unwrap();

@@ -58,10 +58,7 @@ crate::qapi! {
 
 impl From<NbdServerOptionsLegacy> for NbdServerOptions {
     fn from(old: NbdServerOptionsLegacy) -> NbdServerOptions {
-        NbdServerOptions {
-            base: old.base,
-            addr: old.addr.into(),
-        }
+        NbdServerOptions { base: old.base, addr: old.addr.into() }
     }
 }
 
@@ -74,11 +71,8 @@ mod tests {
     /// Goal: command line and control pipe give the same server. Method: both spellings of one address.
     #[test]
     fn both_spellings() {
-        let a: NbdServerOptions = from_arg(
-            "addr.type=inet,addr.host=::1,addr.port=10809,max-connections=3",
-            None,
-        )
-        .unwrap();
+        let a: NbdServerOptions =
+            from_arg("addr.type=inet,addr.host=::1,addr.port=10809,max-connections=3", None).unwrap();
         let b: NbdServerOptionsLegacy = from_json(&json!({
             "max-connections": 3, "addr": {"type": "inet", "data": {"host": "::1", "port": "10809"}},
         }))

@@ -52,12 +52,7 @@ pub(super) struct Over;
 
 impl Input {
     fn new(stream: Socket) -> Input {
-        Input {
-            stream,
-            rx: Some(Buf::new(RECEIVE)),
-            pos: 0,
-            end: 0,
-        }
+        Input { stream, rx: Some(Buf::new(RECEIVE)), pos: 0, end: 0 }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -183,12 +178,7 @@ pub(super) async fn transmit(client: Rc<Client>, session: Session, mut input: In
     let core = Core::current();
     let sender = client.clone();
     let sent = core.spawn_join(async move { sender.flow.run().await });
-    let mut reader = Reader {
-        core,
-        client: client.clone(),
-        session,
-        large: false,
-    };
+    let mut reader = Reader { core, client: client.clone(), session, large: false };
     // However it ends, what was taken on is finished.
     let _ = reader.run(&mut input).await;
     client.flow.close();
@@ -283,9 +273,5 @@ impl Reader {
 
 /// Makes the client of a negotiated connection.
 pub(super) fn client(stream: Socket, root: ringblock_engine::path::Root, writethrough: bool) -> Rc<Client> {
-    Rc::new(Client {
-        flow: Flow::new(stream),
-        root,
-        writethrough,
-    })
+    Rc::new(Client { flow: Flow::new(stream), root, writethrough })
 }

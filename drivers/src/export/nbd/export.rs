@@ -19,6 +19,7 @@ use super::handshake::ExportInfo;
 use super::server::Shared;
 use super::wire::{MAX_PAYLOAD, flag};
 use crate::export::Export;
+use crate::options::export::{BlockExportOptionsBase, BlockExportOptionsNbd};
 
 /// What is called when the node has been given back.
 pub(super) type Gone = Box<dyn FnOnce() + Send>;
@@ -40,6 +41,21 @@ pub struct NbdExportOptions {
     pub writethrough: bool,
     /// Offer `qemu:allocation-depth`.
     pub allocation_depth: bool,
+}
+
+impl NbdExportOptions {
+    /// From the typed options of `block-export-add`.
+    pub fn from_typed(base: &BlockExportOptionsBase, nbd: &BlockExportOptionsNbd) -> NbdExportOptions {
+        NbdExportOptions {
+            id: base.id.clone(),
+            node_name: base.node_name.clone(),
+            name: nbd.name.clone(),
+            description: nbd.description.clone(),
+            writable: base.writable == Some(true),
+            writethrough: base.writethrough == Some(true),
+            allocation_depth: nbd.allocation_depth == Some(true),
+        }
+    }
 }
 
 struct State {
@@ -66,19 +82,8 @@ impl NbdExport {
         server: Weak<Shared>,
         release: Sender<Gone>,
     ) -> Arc<NbdExport> {
-        let state = State {
-            clients: 0,
-            closing: false,
-            release: Some(release),
-            gone: None,
-        };
-        Arc::new(NbdExport {
-            name,
-            options,
-            root,
-            server,
-            state: Mutex::new(state),
-        })
+        let state = State { clients: 0, closing: false, release: Some(release), gone: None };
+        Arc::new(NbdExport { name, options, root, server, state: Mutex::new(state) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -106,11 +111,7 @@ impl NbdExport {
             | flag::SEND_FUA
             | flag::SEND_CACHE
             | if multi_conn { flag::CAN_MULTI_CONN } else { 0 }
-            | if self.options.writable {
-                writes
-            } else {
-                flag::READ_ONLY
-            };
+            | if self.options.writable { writes } else { flag::READ_ONLY };
         // A root that has just lost its node shows nothing; its clients are on their way out.
         let size = self.root.size().unwrap_or(0);
         let align = self.root.limits().map_or(1, |l| l.request_alignment);

@@ -166,11 +166,7 @@ impl Handshake {
             Phase::Drain { left } => {
                 let n = usize::try_from(left).unwrap_or(usize::MAX).min(input.len());
                 let left = left - n as u64;
-                self.phase = if left == 0 {
-                    Phase::Options
-                } else {
-                    Phase::Drain { left }
-                };
+                self.phase = if left == 0 { Phase::Options } else { Phase::Drain { left } };
                 (n, if left == 0 { Step::Again } else { Step::More })
             }
             Phase::Options => self.option(input, cat, out),
@@ -203,11 +199,7 @@ impl Handshake {
         };
         let too_big = len as usize > OPTION_DATA_LIMIT;
         let Some(data) = input.get(OPTION_HEADER..).and_then(|d| d.get(..len as usize)) else {
-            return if too_big {
-                self.oversized(number, len, out)
-            } else {
-                (0, Step::More)
-            };
+            return if too_big { self.oversized(number, len, out) } else { (0, Step::More) };
         };
         if too_big {
             return self.oversized(number, len, out);
@@ -250,10 +242,9 @@ impl Handshake {
                 return Step::Close;
             }
             opt::LIST => no_data(data).map(|()| list(cat, out)),
-            opt::STARTTLS => no_data(data).and(Err((
-                rep::ERR_POLICY,
-                "TLS is not configured on this server".into(),
-            ))),
+            opt::STARTTLS => {
+                no_data(data).and(Err((rep::ERR_POLICY, "TLS is not configured on this server".into())))
+            }
             opt::INFO | opt::GO => match self.info(number, data, cat, out) {
                 Ok(Some(negotiated)) => {
                     wire::option_reply(out, number, rep::ACK, &[]);
@@ -275,10 +266,9 @@ impl Handshake {
 
     fn upgrade(&mut self, to: Framing) -> Result<(), Refusal> {
         match (self.framing, to) {
-            (Framing::Extended, Framing::Structured) => Err((
-                rep::ERR_EXT_HEADER_REQD,
-                "extended headers were already negotiated".into(),
-            )),
+            (Framing::Extended, Framing::Structured) => {
+                Err((rep::ERR_EXT_HEADER_REQD, "extended headers were already negotiated".into()))
+            }
             (have, want) if have == want => Err((rep::ERR_INVALID, "this was already negotiated".into())),
             _ => {
                 self.framing = to;
@@ -289,11 +279,7 @@ impl Handshake {
 
     /// The flags a client is told, given what else was agreed.
     fn flags(&self, export: &ExportInfo, contexts: Contexts) -> u16 {
-        let df = if self.framing == Framing::Simple {
-            0
-        } else {
-            flag::SEND_DF
-        };
+        let df = if self.framing == Framing::Simple { 0 } else { flag::SEND_DF };
         let payload = self.framing == Framing::Extended && !contexts.is_empty();
         flag::HAS_FLAGS | export.flags | df | if payload { flag::BLOCK_STATUS_PAYLOAD } else { 0 }
     }
@@ -309,12 +295,7 @@ impl Handshake {
     fn negotiated(&self, export: ExportInfo) -> Negotiated {
         let contexts = self.contexts_for(&export);
         let flags = self.flags(&export, contexts);
-        Negotiated {
-            export,
-            flags,
-            framing: self.framing,
-            contexts,
-        }
+        Negotiated { export, flags, framing: self.framing, contexts }
     }
 
     /// The old way in: no reply but the export itself, and a hang-up if there is none.
@@ -348,13 +329,7 @@ impl Handshake {
         if wanted.len() != count * 2 {
             return Err(inconsistent());
         }
-        let asks = |what: u16| {
-            wanted
-                .as_chunks::<2>()
-                .0
-                .iter()
-                .any(|w| u16::from_be_bytes(*w) == what)
-        };
+        let asks = |what: u16| wanted.as_chunks::<2>().0.iter().any(|w| u16::from_be_bytes(*w) == what);
         let n = self.negotiated(cat.find(name).ok_or_else(|| no_export(name))?);
         if asks(info::NAME) {
             let item = info::NAME.to_be_bytes();
@@ -385,10 +360,7 @@ impl Handshake {
             // Whatever comes of this one, the contexts set before are gone.
             self.contexts = None;
             if self.framing == Framing::Simple {
-                return Err((
-                    rep::ERR_INVALID,
-                    "structured replies must be negotiated first".into(),
-                ));
+                return Err((rep::ERR_INVALID, "structured replies must be negotiated first".into()));
             }
         }
         let (name, rest) = string(data)?;
@@ -405,10 +377,7 @@ impl Handshake {
             return Err(inconsistent());
         }
         if count == 0 && !set {
-            found = Contexts {
-                base: true,
-                depth: export.depth,
-            };
+            found = Contexts { base: true, depth: export.depth };
         }
         // A listing says 0 for every number: there is nothing to refer to yet.
         let id = |id: u32| if set { id } else { 0 }.to_be_bytes();
@@ -442,12 +411,7 @@ fn list(cat: &dyn Catalogue, out: &mut Vec<u8>) {
         // Names are bounded when the export is made.
         let len = (e.name.len() as u32).to_be_bytes();
         let text = e.description.as_deref().unwrap_or_default();
-        wire::option_reply(
-            out,
-            opt::LIST,
-            rep::SERVER,
-            &[&len, e.name.as_bytes(), text.as_bytes()],
-        );
+        wire::option_reply(out, opt::LIST, rep::SERVER, &[&len, e.name.as_bytes(), text.as_bytes()]);
     }
 }
 
@@ -455,10 +419,7 @@ fn list(cat: &dyn Catalogue, out: &mut Vec<u8>) {
 fn string(b: &[u8]) -> Result<(&[u8], &[u8]), Refusal> {
     let len = be32(b, 0).ok_or_else(inconsistent)? as usize;
     if len > MAX_STRING {
-        return Err((
-            rep::ERR_INVALID,
-            format!("a string of {len} bytes is longer than {MAX_STRING}"),
-        ));
+        return Err((rep::ERR_INVALID, format!("a string of {len} bytes is longer than {MAX_STRING}")));
     }
     b[4..].split_at_checked(len).ok_or_else(inconsistent)
 }

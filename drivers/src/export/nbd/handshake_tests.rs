@@ -39,10 +39,7 @@ impl Catalogue for Two {
 }
 
 fn hex(s: &str) -> Vec<u8> {
-    (0..s.len())
-        .step_by(2)
-        .map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap())
-        .collect()
+    (0..s.len()).step_by(2).map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap()).collect()
 }
 fn option(n: u32, data: &[u8]) -> Vec<u8> {
     let mut v = b"IHAVEOPT".to_vec();
@@ -99,10 +96,7 @@ fn types(mut b: &[u8]) -> Vec<u32> {
 /// 10.0.2 serving the same two exports. Method: the recorded transcript, whole and a byte at a time.
 #[test]
 fn transcripts_equal_the_peers() {
-    assert_eq!(
-        Handshake::greeting()[..],
-        hex("4e42444d4147494349484156454f50540003")
-    );
+    assert_eq!(Handshake::greeting()[..], hex("4e42444d4147494349484156454f50540003"));
     let cases: &[(Vec<u8>, &str)] = &[
         (
             option(3, b""),
@@ -126,10 +120,7 @@ fn transcripts_equal_the_peers() {
         ),
         (option(8, b""), "0003e889045565a9000000080000000100000000"),
         (
-            option(
-                10,
-                &queries(b"d", &[b"base:allocation", b"qemu:allocation-depth"]),
-            ),
+            option(10, &queries(b"d", &[b"base:allocation", b"qemu:allocation-depth"])),
             "0003e889045565a90000000a000000040000001300000000626173653a616c6c6f636174696f6e0003e889045565a90000000a00000004000000190000000171656d753a616c6c6f636174696f6e2d64657074680003e889045565a90000000a0000000100000000",
         ),
         (
@@ -164,10 +155,7 @@ fn export_name() {
         assert_eq!((out.len(), step), (0, Step::Close));
     }
     let mut h = Handshake::new();
-    assert_eq!(
-        run(&mut h, &[&[0, 0, 0, 0], &option(3, b"")[..]].concat(), 99).1,
-        Step::Close
-    );
+    assert_eq!(run(&mut h, &[&[0, 0, 0, 0], &option(3, b"")[..]].concat(), 99).1, Step::Close);
     assert_eq!(run(&mut Handshake::new(), &[0, 0, 0, 7], 99).1, Step::Close);
 }
 
@@ -179,39 +167,20 @@ fn contexts_follow_their_export() {
     let enter = |sets: &[Vec<u8>]| {
         let mut h = fixed();
         run(&mut h, &option(8, b""), 99);
-        sets.iter()
-            .for_each(|s| assert_eq!(run(&mut h, &option(10, s), 9999).1, Step::More));
+        sets.iter().for_each(|s| assert_eq!(run(&mut h, &option(10, s), 9999).1, Step::More));
         match run(&mut h, &option(7, &go(b"d", &[])), 99).1 {
             Step::Enter(n) => n.contexts,
             other => panic!("{other:?}"),
         }
     };
-    assert_eq!(
-        enter(&[queries(b"d", &both)]),
-        Contexts {
-            base: true,
-            depth: true
-        }
-    );
-    assert_eq!(
-        enter(&[queries(b"d", &both), queries(b"d", &[])]),
-        Contexts::default()
-    );
-    assert_eq!(
-        enter(&[queries(b"d", &both), queries(b"zz", &both)]),
-        Contexts::default()
-    );
+    assert_eq!(enter(&[queries(b"d", &both)]), Contexts { base: true, depth: true });
+    assert_eq!(enter(&[queries(b"d", &both), queries(b"d", &[])]), Contexts::default());
+    assert_eq!(enter(&[queries(b"d", &both), queries(b"zz", &both)]), Contexts::default());
     assert_eq!(enter(&[queries(b"ro", &both)]), Contexts::default());
-    assert_eq!(
-        enter(&[queries(b"d", &[b"base:", b"qemu:", b"", b"foo:bar"])]),
-        Contexts::default()
-    );
+    assert_eq!(enter(&[queries(b"d", &[b"base:", b"qemu:", b"", b"foo:bar"])]), Contexts::default());
     assert_eq!(
         enter(&[queries(b"d", &[b"base:allocation".as_slice(); 50])]),
-        Contexts {
-            base: true,
-            depth: false
-        }
+        Contexts { base: true, depth: false }
     );
 }
 
@@ -249,40 +218,20 @@ fn malformed_options_are_refused() {
         (option(6, &[0, 0, 1, 244, b'd']), rep::ERR_INVALID),
         (option(6, &[0xff; 8]), rep::ERR_INVALID),
         (option(6, &[&go(b"d", &[])[..], b"zz"].concat()), rep::ERR_INVALID),
-        (
-            option(6, &[&named(b"d")[..], &[0, 3, 0, 0]].concat()),
-            rep::ERR_INVALID,
-        ),
+        (option(6, &[&named(b"d")[..], &[0, 3, 0, 0]].concat()), rep::ERR_INVALID),
         (option(7, &go(&[b'a'; 4097], &[])), rep::ERR_INVALID),
         (option(7, &go(&[0xff; 4096], &[])), rep::ERR_UNKNOWN),
         (option(8, b"x"), rep::ERR_INVALID),
-        (
-            option(10, &queries(b"d", &[b"base:allocation"])),
-            rep::ERR_INVALID,
-        ),
-        (
-            option(9, &[&queries(b"d", &[b"x"])[..], b"zz"].concat()),
-            rep::ERR_INVALID,
-        ),
-        (
-            option(9, &[&named(b"d")[..], &[0xff; 4], &named(b"x")].concat()),
-            rep::ERR_INVALID,
-        ),
+        (option(10, &queries(b"d", &[b"base:allocation"])), rep::ERR_INVALID),
+        (option(9, &[&queries(b"d", &[b"x"])[..], b"zz"].concat()), rep::ERR_INVALID),
+        (option(9, &[&named(b"d")[..], &[0xff; 4], &named(b"x")].concat()), rep::ERR_INVALID),
         (option(9, &queries(b"d", &[&[b'a'; 4097]])), rep::ERR_INVALID),
     ];
     for (ask, want) in bad {
         let mut h = fixed();
         let (out, step, used) = run(&mut h, ask, 4096);
-        assert_eq!(
-            (types(&out), step, used),
-            (vec![*want], Step::More, ask.len()),
-            "{:?}",
-            &ask[8..20]
-        );
-        assert_eq!(
-            types(&run(&mut h, &option(3, b""), 99).0),
-            [rep::SERVER, rep::SERVER, rep::ACK]
-        );
+        assert_eq!((types(&out), step, used), (vec![*want], Step::More, ask.len()), "{:?}", &ask[8..20]);
+        assert_eq!(types(&run(&mut h, &option(3, b""), 99).0), [rep::SERVER, rep::SERVER, rep::ACK]);
     }
 }
 
@@ -292,14 +241,9 @@ fn malformed_options_are_refused() {
 fn framings() {
     let mut h = fixed();
     let (out, ..) = run(&mut h, &[11, 11, 8].map(|n| option(n, b"")).concat(), 999);
-    assert_eq!(
-        types(&out),
-        [rep::ACK, rep::ERR_INVALID, rep::ERR_EXT_HEADER_REQD]
-    );
+    assert_eq!(types(&out), [rep::ACK, rep::ERR_INVALID, rep::ERR_EXT_HEADER_REQD]);
     run(&mut h, &option(10, &queries(b"d", &[b"base:allocation"])), 999);
-    let Step::Enter(n) = run(&mut h, &option(7, &go(b"d", &[])), 999).1 else {
-        panic!()
-    };
+    let Step::Enter(n) = run(&mut h, &option(7, &go(b"d", &[])), 999).1 else { panic!() };
     assert_eq!((n.flags, n.framing), (0x1ded, Framing::Extended));
     let mut h = fixed();
     run(&mut h, &[8, 11].map(|n| option(n, b"")).concat(), 999);
@@ -310,9 +254,7 @@ fn framings() {
 #[test]
 fn handshakes_are_bounded() {
     let mut h = fixed();
-    let n = (0..1000)
-        .take_while(|_| run(&mut h, &option(99, b""), 99).1 == Step::More)
-        .count();
+    let n = (0..1000).take_while(|_| run(&mut h, &option(99, b""), 99).1 == Step::More).count();
     assert_eq!(n, OPTION_LIMIT + 8);
     let mut h = fixed();
     let data = vec![0; 20 << 20];
@@ -332,10 +274,7 @@ fn mutated_handshakes() {
         vec![0, 0, 0, 3],
         option(8, b""),
         option(3, b""),
-        option(
-            10,
-            &queries(b"d", &[b"base:allocation", b"qemu:allocation-depth"]),
-        ),
+        option(10, &queries(b"d", &[b"base:allocation", b"qemu:allocation-depth"])),
         option(6, &go(b"ro", &[0, 1, 2, 3])),
         option(7, &go(b"d", &[3])),
     ]

@@ -56,8 +56,7 @@ impl Client {
     /// Replies with an error; `text` where there is a better one than the number's.
     pub(super) fn fail(&self, to: ReplyTo, weight: usize, error: NbdError, text: Option<&str>) {
         let text = text.unwrap_or(error.text());
-        self.flow
-            .reply(weight, None, |o| wire::error_reply(o, to, error, text));
+        self.flow.reply(weight, None, |o| wire::error_reply(o, to, error, text));
     }
 }
 
@@ -68,9 +67,7 @@ pub(super) async fn read(client: Rc<Client>, to: ReplyTo, off: u64, len: u32) {
         _ => client.root.read(off, Buf::new(len as usize)).await,
     };
     match result {
-        Ok(()) => client
-            .flow
-            .reply(len as usize, Some(buf), |o| wire::read_head(o, to, len)),
+        Ok(()) => client.flow.reply(len as usize, Some(buf), |o| wire::read_head(o, to, len)),
         Err(e) => client.fail(to, len as usize, NbdError::of(e), None),
     }
 }
@@ -78,10 +75,7 @@ pub(super) async fn read(client: Rc<Client>, to: ReplyTo, off: u64, len: u32) {
 /// Runs a write.
 pub(super) async fn write(client: Rc<Client>, to: ReplyTo, off: u64, buf: Buf, fua: bool) {
     let len = buf.len();
-    let flags = Flags {
-        fua: fua || client.writethrough,
-        ..Flags::NONE
-    };
+    let flags = Flags { fua: fua || client.writethrough, ..Flags::NONE };
     let result = match len {
         0 => Ok(()),
         _ => client.root.write(off, buf, flags).await.0,
@@ -97,19 +91,8 @@ pub(super) async fn other(client: Rc<Client>, to: ReplyTo, command: Command) {
     let result = match command {
         Command::Flush => root.flush().await,
         Command::WriteZeroes { len: 0, .. } | Command::Trim { len: 0, .. } => Ok(()),
-        Command::WriteZeroes {
-            off,
-            len,
-            fua,
-            no_hole,
-            fast,
-        } => {
-            let flags = Flags {
-                fua: fua || through,
-                may_unmap: !no_hole,
-                no_fallback: fast,
-                ..Flags::NONE
-            };
+        Command::WriteZeroes { off, len, fua, no_hole, fast } => {
+            let flags = Flags { fua: fua || through, may_unmap: !no_hole, no_fallback: fast, ..Flags::NONE };
             root.write_zeroes(off, len, flags).await
         }
         Command::Trim { off, len, fua } => match root.discard(off, len).await {
@@ -117,15 +100,12 @@ pub(super) async fn other(client: Rc<Client>, to: ReplyTo, command: Command) {
             other => other,
         },
         Command::Cache { off, len } => cache(root, off, len).await,
-        Command::BlockStatus {
-            off,
-            len,
-            one,
-            contexts,
-        } => match status(root, to, off, len, one, contexts).await {
-            Ok(chunks) => return client.flow.reply(w, None, |o| o.extend_from_slice(&chunks)),
-            Err(e) => Err(e),
-        },
+        Command::BlockStatus { off, len, one, contexts } => {
+            match status(root, to, off, len, one, contexts).await {
+                Ok(chunks) => return client.flow.reply(w, None, |o| o.extend_from_slice(&chunks)),
+                Err(e) => Err(e),
+            }
+        }
         // These never come here: they are not requests that run beside others.
         Command::Read { .. } | Command::Write { .. } | Command::Disconnect => Err(Errno::EINVAL),
     };
@@ -163,11 +143,7 @@ async fn status(
     debug_assert!(to.framing != Framing::Simple && !contexts.is_empty());
     let mut out = Vec::new();
     for (id, last) in [(BASE_ID, !contexts.depth), (DEPTH_ID, true)] {
-        if !(if id == BASE_ID {
-            contexts.base
-        } else {
-            contexts.depth
-        }) {
+        if !(if id == BASE_ID { contexts.base } else { contexts.depth }) {
             continue;
         }
         let mut d = Descriptors::new(&mut out, to, id, len, one);

@@ -13,6 +13,7 @@
 
 use std::collections::BTreeMap;
 use std::future::poll_fn;
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -33,6 +34,7 @@ use super::handshake::{Catalogue, ExportInfo};
 use super::transmission::Session;
 use super::wire::MAX_STRING;
 use crate::export::Exports;
+use crate::options::export::NbdServerOptionsBase;
 
 /// How a server treats its clients.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -47,9 +49,17 @@ pub struct ServerConfig {
 
 impl Default for ServerConfig {
     fn default() -> ServerConfig {
+        ServerConfig { max_connections: 100, handshake_seconds: 10, cores: Vec::new() }
+    }
+}
+
+impl ServerConfig {
+    /// From the typed options of `nbd-server-start`, but for the address ([`crate::export::listen`]).
+    pub fn from_typed(options: &NbdServerOptionsBase) -> ServerConfig {
+        let default = ServerConfig::default();
         ServerConfig {
-            max_connections: 100,
-            handshake_seconds: 10,
+            max_connections: options.max_connections.unwrap_or(default.max_connections),
+            handshake_seconds: options.handshake_max_seconds.unwrap_or(default.handshake_seconds),
             cores: Vec::new(),
         }
     }
@@ -87,7 +97,7 @@ pub(super) struct Shared {
 /// remove first ([`crate::export::Exports::remove_all`]).
 pub struct NbdServer {
     shared: Arc<Shared>,
-    listeners: Vec<Listener>,
+    listeners: Mutex<Vec<Listener>>,
 }
 
 /// A name that nobody else can take while this lives.
@@ -129,12 +139,16 @@ impl NbdServer {
             let shared = shared.clone();
             drop(engine.spawn_on(core, move || Box::pin(accept(shared, fd))));
         }
-        Ok(NbdServer { shared, listeners })
+        Ok(NbdServer { shared, listeners: Mutex::new(listeners) })
     }
 
-    /// The listeners, for their addresses.
-    pub fn listeners(&self) -> &[Listener] {
-        &self.listeners
+    /// The TCP addresses bound; empty for unix sockets.
+    pub fn local_addrs(&self) -> Vec<SocketAddr> {
+        self.listeners().iter().flat_map(|l| l.local_addrs().to_vec()).collect()
+    }
+
+    fn listeners(&self) -> MutexGuard<'_, Vec<Listener>> {
+        self.listeners.lock().unwrap_or_else(|e| e.into_inner())
     }
 
     /// Adds an export: all of it, or none. Runs on core 0, where the graph is.
@@ -195,16 +209,10 @@ impl NbdServer {
         }
         let mut exports = self.shared.exports();
         if exports.contains_key(&name) {
-            return Err(Error::invalid(format!(
-                "NBD server already has export named '{name}'"
-            )));
+            return Err(Error::invalid(format!("NBD server already has export named '{name}'")));
         }
         exports.insert(name.clone(), None);
-        Ok(NameReservation {
-            shared: self.shared.clone(),
-            name,
-            published: false,
-        })
+        Ok(NameReservation { shared: self.shared.clone(), name, published: false })
     }
 
     /// Clients connected now.
@@ -213,18 +221,16 @@ impl NbdServer {
     }
 
     /// Closes the listeners, cuts all clients and waits until they are gone.
-    pub async fn stop(mut self) {
-        let gone = self.close();
-        if let Some(gone) = gone {
+    pub async fn stop(&self) {
+        if let Some(gone) = self.close() {
             gone.await;
         }
     }
 
-    fn close(&mut self) -> Option<Receiver<()>> {
-        for fd in self.listeners.iter().flat_map(Listener::fds) {
-            net::shutdown(fd);
+    fn close(&self) -> Option<Receiver<()>> {
+        for listener in self.listeners().drain(..) {
+            listener.fds().for_each(net::shutdown);
         }
-        self.listeners.clear();
         let mut conns = self.shared.conns();
         conns.stopping = true;
         conns.room.drain(..).for_each(Waker::wake);
@@ -275,10 +281,7 @@ impl Shared {
     /// Takes an export out of the catalogue and cuts its clients.
     pub(super) fn forget(&self, export: &Arc<NbdExport>) {
         let mut exports = self.exports();
-        if exports
-            .get(export.name())
-            .is_some_and(|e| e.as_ref().is_some_and(|e| Arc::ptr_eq(e, export)))
-        {
+        if exports.get(export.name()).is_some_and(|e| e.as_ref().is_some_and(|e| Arc::ptr_eq(e, export))) {
             exports.remove(export.name());
         }
         drop(exports);
@@ -333,17 +336,8 @@ impl Place {
         }
         let id = conns.next;
         conns.next += 1;
-        conns.live.insert(
-            id,
-            Conn {
-                stream: stream.clone(),
-                export: None,
-            },
-        );
-        Some(Place {
-            shared: shared.clone(),
-            id,
-        })
+        conns.live.insert(id, Conn { stream: stream.clone(), export: None });
+        Some(Place { shared: shared.clone(), id })
     }
 
     /// Ties the client to its export; `None` if that is gone, or going.
@@ -365,11 +359,7 @@ impl Drop for Place {
         let mut conns = self.shared.conns();
         let conn = conns.live.remove(&self.id);
         conns.room.drain(..).for_each(Waker::wake);
-        let empty = if conns.live.is_empty() {
-            std::mem::take(&mut conns.empty)
-        } else {
-            Vec::new()
-        };
+        let empty = if conns.live.is_empty() { std::mem::take(&mut conns.empty) } else { Vec::new() };
         drop(conns);
         if let Some(export) = conn.and_then(|c| c.export) {
             export.unbind();

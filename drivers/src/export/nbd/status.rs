@@ -44,23 +44,10 @@ impl<'a> Descriptors<'a> {
     pub fn new(out: &'a mut Vec<u8>, to: ReplyTo, context: u32, len: u64, one: bool) -> Self {
         let start = out.len();
         // The header comes again when the length is known; this keeps its place.
-        let head = if to.framing == Framing::Extended {
-            32 + 8
-        } else {
-            20 + 4
-        };
+        let head = if to.framing == Framing::Extended { 32 + 8 } else { 20 + 4 };
         out.resize(start + head, 0);
         let limit = if one { 1 } else { LIMIT };
-        Descriptors {
-            out,
-            to,
-            start,
-            context,
-            left: len,
-            limit,
-            count: 0,
-            last: None,
-        }
+        Descriptors { out, to, start, context, left: len, limit, count: 0, last: None }
     }
 
     /// Bytes of the request that still have no descriptor.
@@ -113,11 +100,7 @@ impl<'a> Descriptors<'a> {
             return false;
         }
         let extended = self.to.framing == Framing::Extended;
-        let ty = if extended {
-            chunk::BLOCK_STATUS_EXT
-        } else {
-            chunk::BLOCK_STATUS
-        };
+        let ty = if extended { chunk::BLOCK_STATUS_EXT } else { chunk::BLOCK_STATUS };
         let header = if extended { 32 } else { 20 };
         let payload = (self.out.len() - self.start - header) as u32;
         // The header is encoded behind the chunk and moved over its place.
@@ -139,17 +122,10 @@ mod tests {
     use super::*;
 
     fn hex(s: &str) -> Vec<u8> {
-        (0..s.len())
-            .step_by(2)
-            .map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap())
-            .collect()
+        (0..s.len()).step_by(2).map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap()).collect()
     }
     fn to(framing: Framing) -> ReplyTo {
-        ReplyTo {
-            framing,
-            cookie: 0x1122_3344_5566_7788,
-            offset: 0,
-        }
+        ReplyTo { framing, cookie: 0x1122_3344_5566_7788, offset: 0 }
     }
 
     /// Goal: chunks equal those seen from qemu-storage-daemon 10.0.2 for a file of 73728 bytes of data in

@@ -130,21 +130,12 @@ type Checked = Result<Command, (NbdError, &'static str)>;
 impl Session {
     /// The session that follows from a handshake.
     pub fn new(n: &Negotiated) -> Session {
-        Session {
-            size: n.export.size,
-            flags: n.flags,
-            framing: n.framing,
-            contexts: n.contexts,
-        }
+        Session { size: n.export.size, flags: n.flags, framing: n.framing, contexts: n.contexts }
     }
 
     /// What replies to this request start from.
     pub fn reply_to(&self, h: &RequestHeader) -> ReplyTo {
-        ReplyTo {
-            framing: self.framing,
-            cookie: h.cookie,
-            offset: h.offset,
-        }
+        ReplyTo { framing: self.framing, cookie: h.cookie, offset: h.offset }
     }
 
     /// Judges a request by its header.
@@ -169,15 +160,8 @@ impl Session {
             Err(_) => (NbdError::Inval, "payload too large"),
         };
         match u32::try_from(payload) {
-            Ok(drain) if drain <= DRAIN_LIMIT => Verdict::Refuse {
-                error: refused.0,
-                text: refused.1,
-                drain,
-            },
-            _ => Verdict::Fatal {
-                error: refused.0,
-                text: refused.1,
-            },
+            Ok(drain) if drain <= DRAIN_LIMIT => Verdict::Refuse { error: refused.0, text: refused.1, drain },
+            _ => Verdict::Fatal { error: refused.0, text: refused.1 },
         }
     }
 
@@ -218,10 +202,7 @@ impl Session {
         match h.ty {
             cmd::READ => {
                 self.inside(off, len, NbdError::Inval)?;
-                Ok(Command::Read {
-                    off,
-                    len: limited(len)?,
-                })
+                Ok(Command::Read { off, len: limited(len)? })
             }
             cmd::WRITE => {
                 self.writable()?;
@@ -232,17 +213,8 @@ impl Session {
             cmd::WRITE_ZEROES => {
                 self.writable()?;
                 self.inside(off, len, NbdError::NoSpc)?;
-                let (no_hole, fast) = (
-                    h.flags & cmd_flag::NO_HOLE != 0,
-                    h.flags & cmd_flag::FAST_ZERO != 0,
-                );
-                Ok(Command::WriteZeroes {
-                    off,
-                    len,
-                    fua,
-                    no_hole,
-                    fast,
-                })
+                let (no_hole, fast) = (h.flags & cmd_flag::NO_HOLE != 0, h.flags & cmd_flag::FAST_ZERO != 0);
+                Ok(Command::WriteZeroes { off, len, fua, no_hole, fast })
             }
             cmd::TRIM => {
                 self.writable()?;
@@ -268,12 +240,7 @@ impl Session {
             return Err((NbdError::Inval, "the length must not be 0"));
         }
         self.inside(off, len, NbdError::Inval)?;
-        Ok(Command::BlockStatus {
-            off,
-            len,
-            one: flags & cmd_flag::REQ_ONE != 0,
-            contexts,
-        })
+        Ok(Command::BlockStatus { off, len, one: flags & cmd_flag::REQ_ONE != 0, contexts })
     }
 
     /// Judges a block status request by its payload: an effect length (8 bytes), then context numbers.
@@ -297,11 +264,7 @@ impl Session {
         };
         match parse() {
             Ok(command) => Verdict::Run(command),
-            Err((error, text)) => Verdict::Refuse {
-                error,
-                text,
-                drain: 0,
-            },
+            Err((error, text)) => Verdict::Refuse { error, text, drain: 0 },
         }
     }
 
@@ -336,30 +299,12 @@ mod tests {
 
     fn session(framing: Framing, writable: bool) -> Session {
         let ro = if writable { 0 } else { flag::READ_ONLY };
-        let payload = if framing == Framing::Extended {
-            flag::BLOCK_STATUS_PAYLOAD
-        } else {
-            0
-        };
-        let contexts = Contexts {
-            base: framing != Framing::Simple,
-            depth: framing == Framing::Extended,
-        };
-        Session {
-            size: SIZE,
-            flags: flag::HAS_FLAGS | ro | payload,
-            framing,
-            contexts,
-        }
+        let payload = if framing == Framing::Extended { flag::BLOCK_STATUS_PAYLOAD } else { 0 };
+        let contexts = Contexts { base: framing != Framing::Simple, depth: framing == Framing::Extended };
+        Session { size: SIZE, flags: flag::HAS_FLAGS | ro | payload, framing, contexts }
     }
     fn header(ty: u16, offset: u64, len: u64, flags: u16) -> RequestHeader {
-        RequestHeader {
-            flags,
-            ty,
-            cookie: 1,
-            offset,
-            len,
-        }
+        RequestHeader { flags, ty, cookie: 1, offset, len }
     }
     /// The error and drain of a refusal; (0, 0) for a request that runs; drain -1 for a hang-up.
     fn outcome(s: &Session, ty: u16, offset: u64, len: u64, flags: u16) -> (u32, i64) {
@@ -394,14 +339,7 @@ mod tests {
             (cmd::WRITE, 0, u32::MAX.into(), 0, 22, -1),
             (99, 0, 4, 0, 22, 0),
             (cmd::BLOCK_STATUS, 0, 16, 0, 22, 0),
-            (
-                cmd::WRITE_ZEROES,
-                0,
-                SIZE,
-                cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO | cmd_flag::FUA,
-                0,
-                0,
-            ),
+            (cmd::WRITE_ZEROES, 0, SIZE, cmd_flag::NO_HOLE | cmd_flag::FAST_ZERO | cmd_flag::FUA, 0, 0),
             (cmd::WRITE_ZEROES, 1, SIZE, 0, 28, 0),
             (cmd::TRIM, 0, 16, cmd_flag::NO_HOLE, 22, 0),
             (cmd::TRIM, SIZE, 1, 0, 22, 0),
@@ -411,11 +349,7 @@ mod tests {
             (cmd::DISC, 0, 0, 0, 0, 0),
         ];
         for &(ty, off, len, flags, error, drain) in table {
-            assert_eq!(
-                outcome(&s, ty, off, len, flags),
-                (error, drain),
-                "{ty} {off} {len} {flags}"
-            );
+            assert_eq!(outcome(&s, ty, off, len, flags), (error, drain), "{ty} {off} {len} {flags}");
         }
     }
 
@@ -424,10 +358,7 @@ mod tests {
     fn read_only() {
         let s = session(Framing::Structured, false);
         let got: Vec<_> = (0..8).map(|ty| outcome(&s, ty, 0, 16, 0)).collect();
-        assert_eq!(
-            got,
-            [(0, 0), (1, 16), (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (0, 0)]
-        );
+        assert_eq!(got, [(0, 0), (1, 16), (0, 0), (0, 0), (1, 0), (0, 0), (1, 0), (0, 0)]);
     }
 
     /// Goal: with extended headers a payload is known and drained whatever the command, and lengths beyond
@@ -461,11 +392,7 @@ mod tests {
             ids.iter().for_each(|i| b.extend(i.to_be_bytes()));
             match s.status_payload(&h, &b) {
                 Run(Command::BlockStatus { len, contexts, .. }) => Some((len, contexts.base, contexts.depth)),
-                Refuse {
-                    error: NbdError::Inval,
-                    drain: 0,
-                    ..
-                } => None,
+                Refuse { error: NbdError::Inval, drain: 0, .. } => None,
                 other => panic!("{other:?}"),
             }
         };

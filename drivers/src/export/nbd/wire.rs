@@ -260,11 +260,7 @@ impl RequestHeader {
     /// # Errors
     /// [`HeaderError::Short`] if the header is not all there, [`HeaderError::Magic`] if it is none.
     pub fn parse(b: &[u8], framing: Framing) -> Result<RequestHeader, HeaderError> {
-        let want = if framing == Framing::Extended {
-            EXTENDED_REQUEST_MAGIC
-        } else {
-            REQUEST_MAGIC
-        };
+        let want = if framing == Framing::Extended { EXTENDED_REQUEST_MAGIC } else { REQUEST_MAGIC };
         if be32(b, 0).ok_or(HeaderError::Short)? != want {
             return Err(HeaderError::Magic);
         }
@@ -274,11 +270,7 @@ impl RequestHeader {
                 ty: be16(b, 6)?,
                 cookie: be64(b, 8)?,
                 offset: be64(b, 16)?,
-                len: if framing == Framing::Extended {
-                    be64(b, 24)?
-                } else {
-                    be32(b, 24)?.into()
-                },
+                len: if framing == Framing::Extended { be64(b, 24)? } else { be32(b, 24)?.into() },
             })
         };
         fields().ok_or(HeaderError::Short)
@@ -397,16 +389,9 @@ mod tests {
     use super::*;
 
     fn hex(s: &str) -> Vec<u8> {
-        (0..s.len())
-            .step_by(2)
-            .map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap())
-            .collect()
+        (0..s.len()).step_by(2).map(|i| u8::from_str_radix(&s[i..i + 2], 16).unwrap()).collect()
     }
-    const TO: ReplyTo = ReplyTo {
-        framing: Framing::Structured,
-        cookie: 0x1122_3344_5566_7788,
-        offset: 0,
-    };
+    const TO: ReplyTo = ReplyTo { framing: Framing::Structured, cookie: 0x1122_3344_5566_7788, offset: 0 };
 
     /// Goal: replies equal, byte for byte, what qemu-storage-daemon 10.0.2 was seen to send.
     /// Method: encode the same replies.
@@ -419,26 +404,14 @@ mod tests {
         read_head(&mut o, TO, 16);
         assert_eq!(
             o,
-            hex("668e33ef0001000111223344556677880000001800000000 00000000"
-                .replace(' ', "")
-                .as_str())
+            hex("668e33ef0001000111223344556677880000001800000000 00000000".replace(' ', "").as_str())
         );
         o.clear();
         read_head(&mut o, TO, 0);
         assert_eq!(o, hex("668e33ef00010000112233445566778800000000"));
         o.clear();
-        hole(
-            &mut o,
-            ReplyTo {
-                offset: 0x20000,
-                ..TO
-            },
-            16,
-        );
-        assert_eq!(
-            o,
-            hex("668e33ef0001000211223344556677880000000c000000000002000000000010")
-        );
+        hole(&mut o, ReplyTo { offset: 0x20000, ..TO }, 16);
+        assert_eq!(o, hex("668e33ef0001000211223344556677880000000c000000000002000000000010"));
         o.clear();
         error_reply(&mut o, TO, NbdError::Inval, "need non-zero length");
         assert_eq!(
@@ -448,26 +421,10 @@ mod tests {
             )
         );
         o.clear();
-        done(
-            &mut o,
-            ReplyTo {
-                framing: Framing::Extended,
-                ..TO
-            },
-        );
-        assert_eq!(
-            o,
-            hex("6e8a278c00010000112233445566778800000000000000000000000000000000")
-        );
+        done(&mut o, ReplyTo { framing: Framing::Extended, ..TO });
+        assert_eq!(o, hex("6e8a278c00010000112233445566778800000000000000000000000000000000"));
         o.clear();
-        read_head(
-            &mut o,
-            ReplyTo {
-                framing: Framing::Extended,
-                ..TO
-            },
-            16,
-        );
+        read_head(&mut o, ReplyTo { framing: Framing::Extended, ..TO }, 16);
         assert_eq!(
             o,
             hex("6e8a278c000100011122334455667788000000000000000000000000000000180000000000000000")
@@ -480,24 +437,12 @@ mod tests {
     fn headers() {
         let mut b = hex("25609513000100000102030405060708000000000000100000000200");
         let h = RequestHeader::parse(&b, Framing::Simple).unwrap();
-        let want = RequestHeader {
-            flags: 1,
-            ty: 0,
-            cookie: 0x0102_0304_0506_0708,
-            offset: 4096,
-            len: 512,
-        };
+        let want = RequestHeader { flags: 1, ty: 0, cookie: 0x0102_0304_0506_0708, offset: 4096, len: 512 };
         assert_eq!(h, want);
         for n in 0..b.len() {
-            assert_eq!(
-                RequestHeader::parse(&b[..n], Framing::Structured),
-                Err(HeaderError::Short)
-            );
+            assert_eq!(RequestHeader::parse(&b[..n], Framing::Structured), Err(HeaderError::Short));
         }
-        assert_eq!(
-            RequestHeader::parse(&b, Framing::Extended),
-            Err(HeaderError::Magic)
-        );
+        assert_eq!(RequestHeader::parse(&b, Framing::Extended), Err(HeaderError::Magic));
         b[0] ^= 1;
         assert_eq!(RequestHeader::parse(&b, Framing::Simple), Err(HeaderError::Magic));
         let x = hex("21e41c71002000010102030405060708ffffffffffffffff0000000200000000");
