@@ -250,12 +250,14 @@ impl Core {
     }
 
     fn flush_outbox(&self) {
-        let mut outbox = self.outbox.borrow_mut();
-        for _ in 0..outbox.len() {
-            if let Some((target, msg)) = outbox.pop_front()
+        let waiting = self.outbox.borrow().len();
+        for _ in 0..waiting {
+            // not borrowed while sending: a message that is dropped may send others
+            let next = self.outbox.borrow_mut().pop_front();
+            if let Some((target, msg)) = next
                 && let Err(msg) = target.try_send(msg)
             {
-                outbox.push_back((target, msg));
+                self.outbox.borrow_mut().push_back((target, msg));
             }
         }
     }
@@ -332,10 +334,12 @@ impl Core {
         self.exec.clear();
         self.ring.borrow_mut().shutdown();
         self.exec.clear();
-        self.owners.borrow_mut().clear();
-        self.roots.borrow_mut().clear();
-        self.locals.borrow_mut().clear();
-        *self.view.borrow_mut() = Arc::default();
+        drop(self.owners.take());
+        drop(self.roots.take());
+        drop(self.locals.take());
+        drop(self.view.take());
+        drop(self.outbox.take());
+        self.shared.close();
     }
 }
 

@@ -85,6 +85,8 @@ mod queue {
         pub(crate) index: usize,
         pub(crate) queue: ArrayQueue<Msg>,
         pub(crate) parking: Parking,
+        /// The core has stopped: nobody will ever look at the queue again.
+        closed: AtomicBool,
         wake: OwnedFd,
     }
 
@@ -97,7 +99,13 @@ mod queue {
             }
             // SAFETY: a new descriptor that nobody else owns.
             let wake = unsafe { OwnedFd::from_raw_fd(fd) };
-            Ok(CoreShared { index, queue: ArrayQueue::new(INBOX), parking: Parking::default(), wake })
+            Ok(CoreShared {
+                index,
+                queue: ArrayQueue::new(INBOX),
+                parking: Parking::default(),
+                closed: AtomicBool::new(false),
+                wake,
+            })
         }
 
         /// The descriptor that becomes readable on a wake-up.
@@ -105,13 +113,31 @@ mod queue {
             self.wake.as_raw_fd()
         }
 
-        /// Puts a message into the inbox; gives it back if that is full.
+        /// Puts a message into the inbox; gives it back if that is full. A core that has stopped drops it.
         pub(crate) fn try_send(&self, msg: Msg) -> Result<(), Msg> {
             self.queue.push(msg)?;
             if self.parking.must_wake() {
                 self.ring_bell();
             }
+            // ordered by the fence in `must_wake` against the one in `close`: either side sees the other
+            if self.closed.load(Ordering::Relaxed) {
+                self.drop_all();
+            }
             Ok(())
+        }
+
+        /// The core stops: messages that are left, and later ones, are dropped. What they own (files, senders that
+        /// somebody waits for) must not stay in a queue that the files themselves keep alive.
+        pub(crate) fn close(&self) {
+            self.closed.store(true, Ordering::Relaxed);
+            fence(Ordering::SeqCst);
+            self.drop_all();
+        }
+
+        fn drop_all(&self) {
+            while let Some(msg) = self.queue.pop() {
+                drop(msg);
+            }
         }
 
         /// Puts a message into the inbox, waiting for room: for threads that are not cores.

@@ -209,9 +209,7 @@ impl Ring {
                 // I3: the pin ends with the last completion, not when somebody looks at the result
                 entry.pin = None;
                 if entry.orphan {
-                    if matches!(entry.raw, Some(RawOp::Accept { .. })) && entry.error.is_none() {
-                        close_orphan(entry.result as i32);
-                    }
+                    entry.close_accepted();
                     trash.push(self.slab.remove(key).payload);
                     woken.append(&mut self.waiting);
                 } else if let Some(waker) = entry.waker.take() {
@@ -243,7 +241,12 @@ impl Ring {
     fn abandon(&mut self, key: usize) -> Option<Payload> {
         let entry = &mut self.slab[key];
         if entry.left == 0 {
-            return Some(self.slab.remove(key).payload);
+            let entry = self.slab.remove(key);
+            entry.close_accepted();
+            for w in self.waiting.drain(..) {
+                w.wake();
+            }
+            return Some(entry.payload);
         }
         entry.orphan = true;
         entry.waker = None;
@@ -265,10 +268,15 @@ impl Ring {
     }
 }
 
-/// A connection that was accepted for nobody.
-fn close_orphan(fd: i32) {
-    // SAFETY: the kernel made this descriptor for an operation whose future is gone, so nobody else owns it.
-    drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) });
+impl Entry {
+    /// The entry is freed with nobody to take its result: a connection that was accepted for nobody is closed.
+    fn close_accepted(&self) {
+        if matches!(self.raw, Some(RawOp::Accept { .. })) && self.error.is_none() {
+            let fd = self.result as i32;
+            // SAFETY: the kernel made this descriptor for an operation whose future is gone, so nobody else owns it.
+            drop(unsafe { <std::os::fd::OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd) });
+        }
+    }
 }
 
 fn transfer_op(dir: Dir, buf: &Buf, seg: &Seg) -> RawOp {

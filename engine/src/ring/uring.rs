@@ -188,6 +188,8 @@ impl Backend for Uring {
     fn submit(&mut self, wait: Option<Duration>) {
         self.arm_wake();
         self.refill();
+        // what is still behind must not wait for completions that may never come
+        let wait = wait.filter(|_| self.backlog.is_empty());
         let result = match wait {
             Some(time) => {
                 let spec = types::Timespec::from(time);
