@@ -102,6 +102,12 @@ impl Epochs {
         }
     }
 
+    /// Whether anything is pinned.
+    #[cfg(test)]
+    pub(crate) fn has_pins(&self) -> bool {
+        self.pins.iter().any(|p| p.get() > 0)
+    }
+
     pub(crate) fn is_waiting(&self) -> bool {
         !self.active.borrow().is_empty()
     }

@@ -22,6 +22,8 @@
 
 mod op;
 mod send;
+#[cfg(test)]
+mod tests;
 mod uring;
 
 pub(crate) use op::{FileSlot, RawOp};

@@ -25,7 +25,7 @@ const CQ: u32 = 16384;
 pub(crate) const FILES_MAX: u32 = 4096;
 
 /// How far set-up had to fall back; 0 is the full set of flags.
-const LEVELS: u32 = 3;
+pub(super) const LEVELS: u32 = 3;
 
 /// One io_uring.
 pub(crate) struct Uring {
@@ -54,7 +54,7 @@ impl Uring {
         Err(last)
     }
 
-    fn at_level(level: u32, wake_fd: i32, arena: Option<(*mut u8, usize)>) -> io::Result<Uring> {
+    pub(super) fn at_level(level: u32, wake_fd: i32, arena: Option<(*mut u8, usize)>) -> io::Result<Uring> {
         let mut builder = IoUring::builder();
         builder.setup_cqsize(CQ).setup_clamp();
         if level < 2 {
