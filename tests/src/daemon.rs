@@ -104,10 +104,7 @@ impl Daemon {
         match tools::wait(&mut self.child, PATIENCE) {
             Some(status) if status.success() => {}
             Some(status) => panic!("the daemon ended with {status} after {how}:\n{}", self.log()),
-            None => panic!(
-                "the daemon did not end within {PATIENCE:?} after {how}:\n{}",
-                self.log()
-            ),
+            None => panic!("the daemon did not end within {PATIENCE:?} after {how}:\n{}", self.log()),
         }
     }
 }
@@ -124,21 +121,13 @@ impl Drop for Daemon {
 
 impl Start {
     fn with(dir: &TestDir, cmd: Cmd) -> Self {
-        let base = dir
-            .path()
-            .join(format!("d{}", NEXT.fetch_add(1, Ordering::Relaxed)));
+        let base = dir.path().join(format!("d{}", NEXT.fetch_add(1, Ordering::Relaxed)));
         let cmd = cmd
             .arg("--chardev")
-            .arg(format!(
-                "socket,id=mon,path={},server=on,wait=off",
-                socket(&base, "qmp")
-            ))
+            .arg(format!("socket,id=mon,path={},server=on,wait=off", socket(&base, "qmp")))
             .args(["--monitor", "chardev=mon"])
             .arg("--nbd-server")
-            .arg(format!(
-                "addr.type=unix,addr.path={},max-connections=64",
-                socket(&base, "nbd")
-            ));
+            .arg(format!("addr.type=unix,addr.path={},max-connections=64", socket(&base, "nbd")));
         Self { cmd, base }
     }
 
@@ -171,11 +160,7 @@ impl Start {
 
     /// Runs on `n` cores, if the daemon has such an option (the peer has not).
     pub fn cores(self, n: u32) -> Self {
-        if tools::is_product("RINGBLOCK_SERVE") {
-            self.option("--cores", &n.to_string())
-        } else {
-            self
-        }
+        if tools::is_product("RINGBLOCK_SERVE") { self.option("--cores", &n.to_string()) } else { self }
     }
 
     /// Starts it and waits until it serves.
@@ -196,26 +181,15 @@ impl Start {
         let cmd = self.cmd.arg("--pidfile").arg(pidfile.to_string_lossy());
         let mut command = cmd.command();
         command.stdin(Stdio::null());
-        command
-            .stdout(log.try_clone().expect("a second handle"))
-            .stderr(log);
-        let child = command
-            .spawn()
-            .unwrap_or_else(|e| panic!("cannot start {cmd:?}: {e}"));
-        let mut daemon = Daemon {
-            child,
-            base: self.base,
-        };
+        command.stdout(log.try_clone().expect("a second handle")).stderr(log);
+        let child = command.spawn().unwrap_or_else(|e| panic!("cannot start {cmd:?}: {e}"));
+        let mut daemon = Daemon { child, base: self.base };
         let start = Instant::now();
         while !(pidfile.exists() && accepts(&daemon.nbd_socket()) && accepts(&daemon.qmp_socket())) {
             if let Ok(Some(status)) = daemon.child.try_wait() {
                 return Err(format!("{}({status})", daemon.log()));
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "no sockets after {PATIENCE:?}:\n{}",
-                daemon.log()
-            );
+            assert!(start.elapsed() < PATIENCE, "no sockets after {PATIENCE:?}:\n{}", daemon.log());
             std::thread::sleep(Duration::from_millis(3));
         }
         Ok(daemon)

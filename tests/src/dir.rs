@@ -29,11 +29,7 @@ impl TestDir {
 
     /// The path of `name` inside the directory, as a string for command lines.
     pub fn file(&self, name: &str) -> String {
-        self.path
-            .join(name)
-            .to_str()
-            .expect("the temporary directory's name is UTF-8")
-            .to_string()
+        self.path.join(name).to_str().expect("the temporary directory's name is UTF-8").to_string()
     }
 }
 

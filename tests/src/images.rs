@@ -31,19 +31,11 @@ pub enum Base {
 }
 
 const fn plain(name: &'static str, options: &'static str) -> Recipe {
-    Recipe {
-        name,
-        options,
-        base: Base::None,
-    }
+    Recipe { name, options, base: Base::None }
 }
 
 const fn chain(name: &'static str, options: &'static str, depth: usize) -> Recipe {
-    Recipe {
-        name,
-        options,
-        base: Base::Chain(depth),
-    }
+    Recipe { name, options, base: Base::Chain(depth) }
 }
 
 /// All combinations.
@@ -72,21 +64,9 @@ pub const RECIPES: &[Recipe] = &[
     chain("chain-c512", "cluster_size=512", 1),
     chain("chain-ext-l2", "extended_l2=on", 2),
     chain("chain-lazy-c2m", "lazy_refcounts=on,cluster_size=2097152", 1),
-    Recipe {
-        name: "data-file",
-        options: "cluster_size=65536",
-        base: Base::DataFile(false),
-    },
-    Recipe {
-        name: "data-file-raw",
-        options: "cluster_size=4096",
-        base: Base::DataFile(true),
-    },
-    Recipe {
-        name: "data-file-ext-l2",
-        options: "extended_l2=on",
-        base: Base::DataFile(false),
-    },
+    Recipe { name: "data-file", options: "cluster_size=65536", base: Base::DataFile(false) },
+    Recipe { name: "data-file-raw", options: "cluster_size=4096", base: Base::DataFile(true) },
+    Recipe { name: "data-file-ext-l2", options: "extended_l2=on", base: Base::DataFile(false) },
 ];
 
 impl Recipe {
@@ -105,15 +85,30 @@ impl Recipe {
             }
             Base::DataFile(raw) => {
                 let raw = if raw { "on" } else { "off" };
-                options = format!("{options},data_file={}.data,data_file_raw={raw}", self.name);
+                // A full name: QEMU looks for a relative one from the current directory, not from the image's.
+                options = format!("{options},data_file={},data_file_raw={raw}", self.data_file(dir));
             }
         }
-        cmd.arg("-o")
-            .arg(options)
-            .arg(&name)
-            .arg(content.size().to_string())
-            .ok();
+        cmd.arg("-o").arg(options).arg(&name).arg(content.size().to_string()).ok();
         dir.file(&name)
+    }
+
+    /// The external data file's path, used only by recipes that have one.
+    pub fn data_file(&self, dir: &TestDir) -> String {
+        dir.file(&format!("{}.data", self.name))
+    }
+
+    /// The node `q` for the image of this recipe, its data file named: a daemon opens no file that only the
+    /// image names.
+    pub fn node(&self, dir: &TestDir, image: &str) -> String {
+        let mut options = format!(
+            "driver=qcow2,node-name=q,discard=unmap,file.driver=file,file.discard=unmap,file.filename={image}"
+        );
+        if let Base::DataFile(_) = self.base {
+            let data = self.data_file(dir);
+            options += &format!(",data-file.driver=file,data-file.discard=unmap,data-file.filename={data}");
+        }
+        options
     }
 
     /// Makes the backing chain below the image with the peer's tools, with content in every layer. Returns
@@ -129,9 +124,7 @@ impl Recipe {
         std::fs::write(dir.path().join(&bottom), &content.bytes[..short as usize]).expect("write");
         let mut below = (bottom, "raw");
         for n in (1..depth).rev() {
-            let create = tools::qemu_img()
-                .dir(dir.path())
-                .line("create -q -f qcow2 -o cluster_size=4096");
+            let create = tools::qemu_img().dir(dir.path()).line("create -q -f qcow2 -o cluster_size=4096");
             create
                 .arg("-b")
                 .arg(&below.0)
@@ -158,9 +151,7 @@ pub struct Content {
 impl Content {
     /// A disk of `size` zeroes.
     pub fn new(size: u64) -> Self {
-        Self {
-            bytes: vec![0; size as usize],
-        }
+        Self { bytes: vec![0; size as usize] }
     }
 
     /// The size in bytes.
@@ -217,11 +208,7 @@ impl Content {
             return;
         }
         assert_eq!(found.len(), self.bytes.len(), "{what}: the length differs");
-        let at = found
-            .iter()
-            .zip(&self.bytes)
-            .position(|(a, b)| a != b)
-            .unwrap_or(0);
+        let at = found.iter().zip(&self.bytes).position(|(a, b)| a != b).unwrap_or(0);
         let wrong = found.iter().zip(&self.bytes).filter(|(a, b)| a != b).count();
         panic!(
             "{what}: {wrong} bytes differ, the first at {at} ({at:#x}): {:#x}, should be {:#x}",
@@ -260,16 +247,9 @@ pub fn check_clean(image: &str) {
 
 /// Fails if the peer's check finds an error; leaks are allowed. Returns the number of leaked clusters.
 pub fn check_no_errors(image: &str) -> u64 {
-    let out = tools::qemu_img()
-        .line("check --output=json -f qcow2")
-        .arg(image)
-        .run();
+    let out = tools::qemu_img().line("check --output=json -f qcow2").arg(image).run();
     assert!(out.code == 0 || out.code == 3, "{}", out.describe());
     let report = out.json();
-    assert!(
-        report["corruptions"].is_null() && report["check-errors"] == 0,
-        "{}",
-        out.describe()
-    );
+    assert!(report["corruptions"].is_null() && report["check-errors"] == 0, "{}", out.describe());
     report["leaks"].as_u64().unwrap_or(0)
 }

@@ -72,17 +72,8 @@ impl Model {
     pub fn with_values(values: Vec<u64>) -> Self {
         let by_sector = vec![Vec::new(); values.len()];
         let number = u64::from(NUMBER.fetch_add(1, Ordering::Relaxed) & 0xffff);
-        let inner = Inner {
-            number,
-            clock: 1,
-            base: values,
-            ops: Vec::new(),
-            by_sector,
-            flushed: 0,
-        };
-        Self {
-            inner: Mutex::new(inner),
-        }
+        let inner = Inner { number, clock: 1, base: values, ops: Vec::new(), by_sector, flushed: 0 };
+        Self { inner: Mutex::new(inner) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
@@ -155,11 +146,7 @@ impl Model {
     pub fn check(&self, disk: &[u8], after: After) -> Result<Vec<u64>, String> {
         let inner = self.lock();
         if disk.len() as u64 != inner.base.len() as u64 * SECTOR {
-            return Err(format!(
-                "{} bytes, but the disk has {} sectors",
-                disk.len(),
-                inner.base.len()
-            ));
+            return Err(format!("{} bytes, but the disk has {} sectors", disk.len(), inner.base.len()));
         }
         let flushed = inner.flushed;
         let settled = |op: &Op| match after {
@@ -186,19 +173,10 @@ impl Inner {
     }
 
     fn begin(&mut self, offset: u64, len: u64, value: u64, binding: bool, fua: bool) -> OpId {
-        assert!(
-            offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR),
-            "whole sectors: {offset} {len}"
-        );
+        assert!(offset.is_multiple_of(SECTOR) && len.is_multiple_of(SECTOR), "whole sectors: {offset} {len}");
         let start = self.tick();
         let id = self.ops.len();
-        self.ops.push(Op {
-            start,
-            end: u64::MAX,
-            value,
-            binding,
-            fua,
-        });
+        self.ops.push(Op { start, end: u64::MAX, value, binding, fua });
         for sector in offset / SECTOR..(offset + len) / SECTOR {
             self.by_sector[sector as usize].push(id as u32);
         }
@@ -207,16 +185,8 @@ impl Inner {
 
     /// The values that `sector` may hold.
     fn allowed(&self, sector: u64, settled: impl Fn(&Op) -> bool) -> Vec<u64> {
-        let ops = || {
-            self.by_sector[sector as usize]
-                .iter()
-                .map(|&i| &self.ops[i as usize])
-        };
-        let last = ops()
-            .filter(|op| op.binding && settled(op))
-            .map(|op| op.start)
-            .max()
-            .unwrap_or(0);
+        let ops = || self.by_sector[sector as usize].iter().map(|&i| &self.ops[i as usize]);
+        let last = ops().filter(|op| op.binding && settled(op)).map(|op| op.start).max().unwrap_or(0);
         let mut values: Vec<u64> = ops().filter(|op| op.end >= last).map(|op| op.value).collect();
         if last == 0 {
             values.push(self.base[sector as usize]);
@@ -260,9 +230,7 @@ fn place(sector: u64, word: u64) -> u64 {
 }
 
 fn words(bytes: &[u8]) -> impl Iterator<Item = u64> {
-    bytes
-        .chunks_exact(8)
-        .map(|w| u64::from_le_bytes(w.try_into().expect("8 bytes")))
+    bytes.chunks_exact(8).map(|w| u64::from_le_bytes(w.try_into().expect("8 bytes")))
 }
 
 fn decode(word: u64, sector: u64, index: u64) -> u64 {

@@ -78,12 +78,13 @@ impl Nbd {
         stream.write_all(&u32::from(server_flags & 3).to_be_bytes())?;
         stream.write_all(&go(name))?;
         let (size, flags) = negotiate(&mut stream)?;
-        Ok(Self {
-            stream,
-            size,
-            flags,
-            cookie: 0,
-        })
+        Ok(Self { stream, size, flags, cookie: 0 })
+    }
+
+    /// Gives up on a send or a receive that takes longer than `limit` (60 s unless told).
+    pub fn patience(&self, limit: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(limit))?;
+        self.stream.set_write_timeout(Some(limit))
     }
 
     /// Sends a request and returns its cookie; `data` is the payload of a write.

@@ -3,14 +3,8 @@
 use crate::tools::Output;
 
 /// The names under which a program may announce itself in front of a message.
-const PREFIXES: [&str; 6] = [
-    "qemu-img",
-    "qemu-io",
-    "qemu-storage-daemon",
-    "ringblock img",
-    "ringblock io",
-    "ringblock serve",
-];
+const PREFIXES: [&str; 6] =
+    ["qemu-img", "qemu-io", "qemu-storage-daemon", "ringblock img", "ringblock io", "ringblock serve"];
 
 /// Replaces the program's own name at the start of a message, and in a pointer to its help.
 pub fn program(text: &str) -> String {
@@ -28,12 +22,18 @@ pub fn program(text: &str) -> String {
     lines.join("\n")
 }
 
-/// Replaces what qemu-io measures: seconds, rates.
+/// Replaces what the tools measure: seconds, rates.
 pub fn rates(text: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {
         match line.find(" ops; ") {
             Some(at) => lines.push(format!("{} ops; TIME", &line[..at])),
+            // The form for programs: bytes, operations, time, two rates.
+            None if line.split(',').count() == 5 && line.contains(",0:00:00.") => {
+                let front: Vec<&str> = line.split(',').take(2).collect();
+                lines.push(format!("{},TIME", front.join(",")));
+            }
+            None if line.starts_with("Run completed in ") => lines.push("Run completed in TIME".to_string()),
             None => lines.push(line.to_string()),
         }
     }
@@ -49,10 +49,7 @@ pub fn disk_size(text: &str) -> String {
         if word.starts_with("disk size: ") {
             lines.push(format!("{indent}disk size: N"));
         } else if word.starts_with("\"actual-size\": ") {
-            lines.push(format!(
-                "{indent}\"actual-size\": N{}",
-                if word.ends_with(',') { "," } else { "" }
-            ));
+            lines.push(format!("{indent}\"actual-size\": N{}", if word.ends_with(',') { "," } else { "" }));
         } else if word.starts_with("file length: ") {
             lines.push(format!("{indent}file length: N"));
         } else {

@@ -31,10 +31,7 @@ impl Qmp {
     /// If the server does not greet within 30 s.
     pub fn connect(path: &str) -> Self {
         let (mut qmp, greeting) = Self::raw(path);
-        assert!(
-            greeting["QMP"]["version"]["qemu"]["major"].is_number(),
-            "greeting: {greeting}"
-        );
+        assert!(greeting["QMP"]["version"]["qemu"]["major"].is_number(), "greeting: {greeting}");
         qmp.run("qmp_capabilities", json!({}));
         qmp
     }
@@ -42,25 +39,16 @@ impl Qmp {
     /// Connects and reads the greeting only.
     pub fn raw(path: &str) -> (Self, Value) {
         let writer = UnixStream::connect(path).unwrap_or_else(|e| panic!("connect {path}: {e}"));
-        writer
-            .set_read_timeout(Some(Duration::from_secs(30)))
-            .expect("a time-out can be set");
+        writer.set_read_timeout(Some(Duration::from_secs(30))).expect("a time-out can be set");
         let reader = BufReader::new(writer.try_clone().expect("a second handle"));
-        let mut qmp = Self {
-            reader,
-            writer,
-            events: VecDeque::new(),
-            next_id: 0,
-        };
+        let mut qmp = Self { reader, writer, events: VecDeque::new(), next_id: 0 };
         let greeting = qmp.receive().expect("a greeting");
         (qmp, greeting)
     }
 
     /// Sends bytes as they are.
     pub fn send(&mut self, text: &str) {
-        self.writer
-            .write_all(text.as_bytes())
-            .expect("the control socket takes bytes");
+        self.writer.write_all(text.as_bytes()).expect("the control socket takes bytes");
     }
 
     /// The next message of any kind; `None` at the end of the connection.
@@ -70,10 +58,7 @@ impl Qmp {
         if n == 0 {
             return None;
         }
-        assert!(
-            line.is_ascii() && line.ends_with("\r\n"),
-            "not ASCII with CRLF: {line:?}"
-        );
+        assert!(line.is_ascii() && line.ends_with("\r\n"), "not ASCII with CRLF: {line:?}");
         Some(serde_json::from_str(&line).unwrap_or_else(|e| panic!("not JSON ({e}): {line:?}")))
     }
 
@@ -92,18 +77,12 @@ impl Qmp {
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
         self.next_id += 1;
         let id = self.next_id;
-        self.send(&format!(
-            "{}\n",
-            json!({ "execute": command, "arguments": arguments, "id": id })
-        ));
+        self.send(&format!("{}\n", json!({ "execute": command, "arguments": arguments, "id": id })));
         let reply = self.reply();
         assert_eq!(reply["id"], json!(id), "the id comes back: {reply}");
         if let Some(error) = reply.get("error") {
             let text = |key: &str| error[key].as_str().unwrap_or_default().to_string();
-            return Err(QmpError {
-                class: text("class"),
-                desc: text("desc"),
-            });
+            return Err(QmpError { class: text("class"), desc: text("desc") });
         }
         Ok(reply["return"].clone())
     }
@@ -131,10 +110,7 @@ impl Qmp {
                 Some(event) => event,
                 None => self.receive().expect("an event, not the end of the connection"),
             };
-            assert!(
-                event["timestamp"]["seconds"].is_number(),
-                "an event has a time: {event}"
-            );
+            assert!(event["timestamp"]["seconds"].is_number(), "an event has a time: {event}");
             if event["event"] == name {
                 return event["data"].clone();
             }

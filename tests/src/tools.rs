@@ -44,13 +44,7 @@ impl Cmd {
     /// A command whose program is `program`, blanks and all.
     pub fn exact(program: &str) -> Self {
         let words = vec![program.to_string()];
-        Self {
-            words,
-            dir: None,
-            env: Vec::new(),
-            stdin: Vec::new(),
-            timeout: TIMEOUT,
-        }
+        Self { words, dir: None, env: Vec::new(), stdin: Vec::new(), timeout: TIMEOUT }
     }
 
     /// Adds one argument as it is.
@@ -61,8 +55,7 @@ impl Cmd {
 
     /// Adds arguments as they are.
     pub fn args<S: AsRef<str>>(mut self, args: impl IntoIterator<Item = S>) -> Self {
-        self.words
-            .extend(args.into_iter().map(|a| a.as_ref().to_string()));
+        self.words.extend(args.into_iter().map(|a| a.as_ref().to_string()));
         self
     }
 
@@ -118,10 +111,7 @@ impl Cmd {
     pub fn run(self) -> Output {
         let line = self.words.join(" ");
         let mut command = self.command();
-        command
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap_or_else(|e| {
             panic!("cannot run `{line}`: {e}; `cargo xtask test` installs what the tests need")
         });
@@ -137,17 +127,9 @@ impl Cmd {
         let _ = feeder.join();
         let (stdout, stderr) = (text(stdout), text(stderr));
         let Some(status) = status else {
-            panic!(
-                "`{line}` did not end within {:?}\n{stdout}\n{stderr}",
-                self.timeout
-            )
+            panic!("`{line}` did not end within {:?}\n{stdout}\n{stderr}", self.timeout)
         };
-        Output {
-            code: exit_code(status),
-            stdout,
-            stderr,
-            line,
-        }
+        Output { code: exit_code(status), stdout, stderr, line }
     }
 
     /// [`Cmd::run`], and the program must succeed.
@@ -211,9 +193,7 @@ pub fn wait(child: &mut Child, timeout: Duration) -> Option<ExitStatus> {
 
 fn exit_code(status: ExitStatus) -> i32 {
     use std::os::unix::process::ExitStatusExt;
-    status
-        .code()
-        .unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
+    status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or(0))
 }
 
 /// `PATH` with Debian's own directories first: nbdsh needs Debian's python, mkfs.ext4 lives in sbin.
@@ -261,12 +241,14 @@ pub fn qmp_python() -> Cmd {
         return Cmd::exact(&python);
     }
     let python = target_dir().join("qmp-venv/bin/python");
-    assert!(
-        python.exists(),
-        "{} is missing: run `cargo xtask test`, which makes it",
-        python.display()
-    );
+    assert!(python.exists(), "{} is missing: run `cargo xtask test`, which makes it", python.display());
     Cmd::exact(&python.to_string_lossy())
+}
+
+/// The folder of that python, for a `PATH`.
+pub fn qmp_python_folder() -> String {
+    let python = qmp_python().words.swap_remove(0);
+    Path::new(&python).parent().unwrap_or(Path::new("")).to_string_lossy().into_owned()
 }
 
 /// True if the variable that replaces this program by a stand-in is unset.
@@ -296,39 +278,22 @@ pub fn ringblock() -> &'static Path {
 fn build_release() {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| OsStr::new("cargo").to_os_string());
     let done = Command::new(cargo)
-        .args([
-            "build",
-            "--release",
-            "--quiet",
-            "--package",
-            "ringblock",
-            "--bin",
-            "ringblock",
-        ])
+        .args(["build", "--release", "--quiet", "--package", "ringblock", "--bin", "ringblock"])
         .arg("--target-dir")
         .arg(target_dir())
         .current_dir(workspace())
         .output()
         .expect("cargo can be run");
-    assert!(
-        done.status.success(),
-        "cargo build failed:\n{}",
-        String::from_utf8_lossy(&done.stderr)
-    );
+    assert!(done.status.success(), "cargo build failed:\n{}", String::from_utf8_lossy(&done.stderr));
 }
 
 /// The root of the workspace.
 pub fn workspace() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .expect("tests/ is inside the workspace")
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("tests/ is inside the workspace")
 }
 
 /// Cargo's target directory, found from the running test (`TARGET/debug/deps/NAME`).
 pub fn target_dir() -> PathBuf {
     let exe = std::env::current_exe().expect("a test knows its own path");
-    exe.ancestors()
-        .nth(3)
-        .expect("a test runs from TARGET/PROFILE/deps")
-        .to_path_buf()
+    exe.ancestors().nth(3).expect("a test runs from TARGET/PROFILE/deps").to_path_buf()
 }

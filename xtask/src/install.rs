@@ -39,18 +39,12 @@ pub(crate) fn all(places: &Places) -> Result<(), String> {
         apt(places, &missing)?;
         let still = self::missing();
         if !still.is_empty() {
-            return Err(format!(
-                "still missing after the installation: {}",
-                still.join(", ")
-            ));
+            return Err(format!("still missing after the installation: {}", still.join(", ")));
         }
     }
     venv(places)?;
     let qemu = qemu_version().unwrap_or_default();
-    println!(
-        "qemu-img {}.{}, and all other programs, are there",
-        qemu.0, qemu.1
-    );
+    println!("qemu-img {}.{}, and all other programs, are there", qemu.0, qemu.1);
     Ok(())
 }
 
@@ -85,23 +79,15 @@ fn find(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let system = ["/usr/bin", "/usr/sbin", "/bin", "/sbin"].map(PathBuf::from);
     // Only Debian's own python can see the bindings that Debian packs.
-    let own: Vec<PathBuf> = if program == "python3" {
-        Vec::new()
-    } else {
-        std::env::split_paths(&path).collect()
-    };
-    own.into_iter()
-        .chain(system)
-        .map(|dir| dir.join(program))
-        .find(|file| file.is_file())
+    let own: Vec<PathBuf> =
+        if program == "python3" { Vec::new() } else { std::env::split_paths(&path).collect() };
+    own.into_iter().chain(system).map(|dir| dir.join(program)).find(|file| file.is_file())
 }
 
 fn qemu_version() -> Option<(u32, u32)> {
     let out = Command::new(find("qemu-img")?).arg("--version").output().ok()?;
     let text = String::from_utf8_lossy(&out.stdout).into_owned();
-    let mut numbers = text
-        .strip_prefix("qemu-img version ")?
-        .split(|c: char| !c.is_ascii_digit());
+    let mut numbers = text.strip_prefix("qemu-img version ")?.split(|c: char| !c.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
@@ -110,34 +96,20 @@ fn python_has(module: &str) -> bool {
         return false;
     };
     let mut command = Command::new(python);
-    command
-        .args(["-c", &format!("import {module}")])
-        .stderr(Stdio::null());
+    command.args(["-c", &format!("import {module}")]).stderr(Stdio::null());
     command.status().is_ok_and(|s| s.success())
 }
 
 /// Installs `packages` with apt-get.
 fn apt(places: &Places, packages: &[&str]) -> Result<(), String> {
-    let sources = if packages.contains(&"qemu-utils") {
-        backports(places)?
-    } else {
-        None
-    };
+    let sources = if packages.contains(&"qemu-utils") { backports(places)? } else { None };
     let mut apt = vec!["apt-get".to_string()];
     if let Some(dir) = &sources {
         apt.extend(dir.options());
     }
     let update = words(&apt, &["update", "-q"]);
-    let mut install = words(
-        &apt,
-        &["install", "-q", "-y", "--no-remove", "--no-install-recommends"],
-    );
-    install.extend(
-        packages
-            .iter()
-            .filter(|p| **p != "qemu-utils")
-            .map(|p| p.to_string()),
-    );
+    let mut install = words(&apt, &["install", "-q", "-y", "--no-remove", "--no-install-recommends"]);
+    install.extend(packages.iter().filter(|p| **p != "qemu-utils").map(|p| p.to_string()));
     if packages.contains(&"qemu-utils") {
         let suite = sources.map(|s| format!("/{}", s.suite)).unwrap_or_default();
         install.push(format!("qemu-utils{suite}"));
@@ -154,11 +126,7 @@ fn apt(places: &Places, packages: &[&str]) -> Result<(), String> {
 }
 
 fn words(front: &[String], back: &[&str]) -> Vec<String> {
-    front
-        .iter()
-        .cloned()
-        .chain(back.iter().map(|w| w.to_string()))
-        .collect()
+    front.iter().cloned().chain(back.iter().map(|w| w.to_string())).collect()
 }
 
 /// What to put in front of a command to run it as root; `None` if there is no way.
@@ -169,29 +137,16 @@ fn root_prefix() -> Option<Vec<String>> {
     }
     let mut sudo = Command::new("sudo");
     sudo.args(["-n", "true"]).stderr(Stdio::null());
-    sudo.status()
-        .ok()?
-        .success()
-        .then(|| vec!["sudo".to_string(), "-n".to_string()])
+    sudo.status().ok()?.success().then(|| vec!["sudo".to_string(), "-n".to_string()])
 }
 
 fn run(prefix: &[String], line: &[String]) -> Result<(), String> {
     let line: Vec<&String> = prefix.iter().chain(line).collect();
-    println!(
-        "+ {}",
-        line.iter().map(|w| w.as_str()).collect::<Vec<_>>().join(" ")
-    );
+    println!("+ {}", line.iter().map(|w| w.as_str()).collect::<Vec<_>>().join(" "));
     let mut command = Command::new(line[0]);
-    command
-        .args(&line[1..])
-        .env("DEBIAN_FRONTEND", "noninteractive")
-        .stdin(Stdio::null());
+    command.args(&line[1..]).env("DEBIAN_FRONTEND", "noninteractive").stdin(Stdio::null());
     let status = command.status().map_err(|e| format!("{}: {e}", line[0]))?;
-    if status.success() {
-        Ok(())
-    } else {
-        Err(format!("{} ended with {status}", line[0]))
-    }
+    if status.success() { Ok(()) } else { Err(format!("{} ended with {status}", line[0])) }
 }
 
 /// Package lists of our own: the system's sources and the backports suite, kept apart from the system's.
@@ -216,13 +171,7 @@ impl Sources {
 /// from the same mirror. `None` where the system's own sources will do.
 fn backports(places: &Places) -> Result<Option<Sources>, String> {
     let release = std::fs::read_to_string("/etc/os-release").unwrap_or_default();
-    let field = |key: &str| {
-        release
-            .lines()
-            .find_map(|l| l.strip_prefix(key))
-            .unwrap_or("")
-            .trim_matches('"')
-    };
+    let field = |key: &str| release.lines().find_map(|l| l.strip_prefix(key)).unwrap_or("").trim_matches('"');
     let (id, version, codename) = (field("ID="), field("VERSION_ID="), field("VERSION_CODENAME="));
     // Debian 13 and later have QEMU 10 or newer themselves.
     if id != "debian" || version.parse::<u32>().is_ok_and(|v| v >= 13) {
@@ -231,25 +180,12 @@ fn backports(places: &Places) -> Result<Option<Sources>, String> {
     let mirror = mirror(codename).ok_or("cannot find the Debian mirror in /etc/apt/sources.list*")?;
     let suite = format!("{codename}-backports");
     let dir = places.target.join("apt");
-    let sources = Sources {
-        file: dir.join("sources.list"),
-        lists: dir.join("lists"),
-        suite,
-    };
+    let sources = Sources { file: dir.join("sources.list"), lists: dir.join("lists"), suite };
     std::fs::create_dir_all(sources.lists.join("partial")).map_err(|e| format!("{}: {e}", dir.display()))?;
     let signed = Path::new("/usr/share/keyrings/debian-archive-keyring.gpg");
-    let signed = if signed.exists() {
-        format!("[signed-by={}] ", signed.display())
-    } else {
-        String::new()
-    };
+    let signed = if signed.exists() { format!("[signed-by={}] ", signed.display()) } else { String::new() };
     let line = |suite: &str| format!("deb {signed}{mirror} {suite} main\n");
-    let text = format!(
-        "{}{}{}",
-        line(codename),
-        line(&format!("{codename}-updates")),
-        line(&sources.suite)
-    );
+    let text = format!("{}{}{}", line(codename), line(&format!("{codename}-updates")), line(&sources.suite));
     std::fs::write(&sources.file, text).map_err(|e| format!("{}: {e}", sources.file.display()))?;
     Ok(Some(sources))
 }
@@ -260,10 +196,7 @@ fn mirror(codename: &str) -> Option<String> {
     if let Ok(entries) = std::fs::read_dir("/etc/apt/sources.list.d") {
         files.extend(entries.flatten().map(|e| e.path()));
     }
-    files
-        .iter()
-        .filter_map(|f| std::fs::read_to_string(f).ok())
-        .find_map(|text| mirror_in(&text, codename))
+    files.iter().filter_map(|f| std::fs::read_to_string(f).ok()).find_map(|text| mirror_in(&text, codename))
 }
 
 fn mirror_in(text: &str, codename: &str) -> Option<String> {
@@ -285,12 +218,7 @@ fn mirror_in(text: &str, codename: &str) -> Option<String> {
     }
     // The style of fields: paragraphs with "URIs:" and "Suites:".
     for paragraph in text.split("\n\n") {
-        let field = |key: &str| {
-            paragraph
-                .lines()
-                .find_map(|l| l.trim().strip_prefix(key))
-                .map(str::trim)
-        };
+        let field = |key: &str| paragraph.lines().find_map(|l| l.trim().strip_prefix(key)).map(str::trim);
         if let (Some(uris), Some(suites)) = (field("URIs:"), field("Suites:"))
             && suites.split_whitespace().any(|s| s == codename)
         {
@@ -319,30 +247,10 @@ fn venv(places: &Places) -> Result<(), String> {
     let dir = places.target.join("qmp-venv");
     let text = |p: &Path| p.to_string_lossy().into_owned();
     let system = find("python3").ok_or("python3 is missing")?;
-    run(
-        &[],
-        &[
-            text(&system),
-            "-m".into(),
-            "venv".into(),
-            "--clear".into(),
-            text(&dir),
-        ],
-    )?;
-    let pip = [
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        QMP_CLIENT,
-    ];
+    run(&[], &[text(&system), "-m".into(), "venv".into(), "--clear".into(), text(&dir)])?;
+    let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", QMP_CLIENT];
     run(&[], &words(&[text(&python)], &pip))?;
-    if works(&python) {
-        Ok(())
-    } else {
-        Err("qemu.qmp was installed but cannot be imported".to_string())
-    }
+    if works(&python) { Ok(()) } else { Err("qemu.qmp was installed but cannot be imported".to_string()) }
 }
 
 #[cfg(test)]

@@ -25,13 +25,8 @@ pub(crate) struct Counts {
 
 type Step = fn(&Places) -> Result<Counts, String>;
 
-const STEPS: [(&str, Step); 5] = [
-    ("tools", tools),
-    ("build", build),
-    ("tests", tests),
-    ("loom", loom),
-    ("asan", asan),
-];
+const STEPS: [(&str, Step); 5] =
+    [("tools", tools), ("build", build), ("tests", tests), ("loom", loom), ("asan", asan)];
 
 struct Done {
     name: &'static str,
@@ -58,11 +53,7 @@ pub(crate) fn test(wanted: &[&str]) -> ExitCode {
             eprintln!("==== {name} failed: {why}");
         }
         let stop = result.is_err() && matches!(name, "tools" | "build");
-        done.push(Done {
-            name,
-            time: start.elapsed(),
-            result,
-        });
+        done.push(Done { name, time: start.elapsed(), result });
         if stop {
             break;
         }
@@ -88,10 +79,7 @@ fn summary(done: &[Done], wanted: &[&str]) -> ExitCode {
         let time = step.time.as_secs_f64();
         match &step.result {
             Ok(c) if c.passed + c.failed == 0 => println!("{name:<8} {time:>7.1} s  ok"),
-            Ok(c) => println!(
-                "{name:<8} {time:>7.1} s  ok, {} tests, {} ignored",
-                c.passed, c.ignored
-            ),
+            Ok(c) => println!("{name:<8} {time:>7.1} s  ok, {} tests, {} ignored", c.passed, c.ignored),
             Err(why) => println!("{name:<8} {time:>7.1} s  FAILED: {why}"),
         }
         match &step.result {
@@ -103,19 +91,12 @@ fn summary(done: &[Done], wanted: &[&str]) -> ExitCode {
         }
     }
     println!("{} passed, {} failed", all.passed, all.failed);
-    if good {
-        ExitCode::SUCCESS
-    } else {
-        ExitCode::FAILURE
-    }
+    if good { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
 impl Places {
     fn find() -> Self {
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
-            .parent()
-            .map(Path::to_path_buf)
-            .unwrap_or_default();
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default();
         let target =
             std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
         Self { root, target }
@@ -142,11 +123,7 @@ fn tools(places: &Places) -> Result<Counts, String> {
 fn build(places: &Places) -> Result<Counts, String> {
     let mut command = places.cargo("build --locked --release --package ringblock");
     let status = command.status().map_err(|e| format!("cargo build: {e}"))?;
-    if status.success() {
-        Ok(Counts::default())
-    } else {
-        Err(format!("cargo build: {status}"))
-    }
+    if status.success() { Ok(Counts::default()) } else { Err(format!("cargo build: {status}")) }
 }
 
 fn tests(places: &Places) -> Result<Counts, String> {
@@ -159,10 +136,8 @@ fn tests(places: &Places) -> Result<Counts, String> {
 /// The model-checked parts: the engine built with `--cfg loom`, in a target directory of its own because the
 /// flag changes every crate's fingerprint. Optimised, for loom explores millions of steps.
 fn loom(places: &Places) -> Result<Counts, String> {
-    let mut command = places.cargo("test --locked --package ringblock-engine --release loom");
-    command
-        .env("RUSTFLAGS", flags("--cfg loom"))
-        .env("CARGO_TARGET_DIR", places.target.join("loom"));
+    let mut command = places.cargo("test --locked --package ringblock-engine --release --test loom");
+    command.env("RUSTFLAGS", flags("--cfg loom")).env("CARGO_TARGET_DIR", places.target.join("loom"));
     watch(command)
 }
 
@@ -172,9 +147,7 @@ fn asan(places: &Places) -> Result<Counts, String> {
     let host = host_triple()?;
     let line = format!("test --locked --package ringblock-engine --lib --tests --target {host}");
     let mut command = places.cargo(&line);
-    command
-        .env("RUSTC_BOOTSTRAP", "1")
-        .env("RUSTFLAGS", flags("-Zsanitizer=address"));
+    command.env("RUSTC_BOOTSTRAP", "1").env("RUSTFLAGS", flags("-Zsanitizer=address"));
     command.env("CARGO_TARGET_DIR", places.target.join("asan"));
     watch(command)
 }
@@ -187,22 +160,15 @@ fn flags(more: &str) -> String {
 }
 
 fn host_triple() -> Result<String, String> {
-    let out = Command::new("rustc")
-        .arg("-vV")
-        .output()
-        .map_err(|e| format!("rustc -vV: {e}"))?;
+    let out = Command::new("rustc").arg("-vV").output().map_err(|e| format!("rustc -vV: {e}"))?;
     let text = String::from_utf8_lossy(&out.stdout);
     let host = text.lines().find_map(|line| line.strip_prefix("host: "));
-    host.map(String::from)
-        .ok_or_else(|| "rustc -vV names no host".to_string())
+    host.map(String::from).ok_or_else(|| "rustc -vV names no host".to_string())
 }
 
 /// Runs a `cargo test`, passing its output on and counting the results. No test run is a failure.
 fn watch(mut command: Command) -> Result<Counts, String> {
-    let mut child = command
-        .stdout(Stdio::piped())
-        .spawn()
-        .map_err(|e| format!("{command:?}: {e}"))?;
+    let mut child = command.stdout(Stdio::piped()).spawn().map_err(|e| format!("{command:?}: {e}"))?;
     let mut counts = Counts::default();
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).lines() {
@@ -220,10 +186,7 @@ fn watch(mut command: Command) -> Result<Counts, String> {
         return Err("no test was run".to_string());
     }
     if counts.ignored > 0 {
-        return Err(format!(
-            "{} tests are ignored; nothing may be skipped",
-            counts.ignored
-        ));
+        return Err(format!("{} tests are ignored; nothing may be skipped", counts.ignored));
     }
     Ok(counts)
 }
