@@ -187,13 +187,6 @@ impl Daemon {
         };
         self.exports.query().into_iter().filter_map(info).collect()
     }
-
-    /// The addresses of the running NBD server's TCP sockets.
-    pub fn nbd_addresses(&self) -> Vec<std::net::SocketAddr> {
-        let nbd = lock(&self.nbd);
-        let listeners = nbd.iter().flat_map(|s| s.listeners());
-        listeners.flat_map(|l| l.local_addrs().to_vec()).collect()
-    }
 }
 
 /// Opens the listening sockets of an address. Unix sockets can be used by their owner only (mode 0600).

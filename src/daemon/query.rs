@@ -250,7 +250,7 @@ fn signed(n: u64) -> i64 {
 }
 
 fn add(to: &mut BlockDeviceStats, from: &Snapshot) {
-    let mut one = |class: OpClass, ops: &mut i64, bytes: Option<&mut i64>, ns: &mut i64, failed: &mut i64| {
+    let one = |class: OpClass, ops: &mut i64, bytes: Option<&mut i64>, ns: &mut i64, failed: &mut i64| {
         let s = from.get(class);
         let more = |n: &mut i64, by: u64| *n = n.saturating_add(signed(by));
         more(ops, s.ops);
@@ -375,9 +375,8 @@ fn block_graph(graph: &GraphInfo) -> XDbgBlockGraph {
         let kind = XDbgBlockGraphNodeType::BlockDriver;
         out.nodes.push(XDbgBlockGraphNode { id: number, kind, name: n.name.clone() });
     }
-    let mut next = out.nodes.len() as u64;
-    for root in &graph.roots {
-        next += 1;
+    let first = out.nodes.len() as u64 + 1;
+    for (next, root) in (first..).zip(&graph.roots) {
         let kind = XDbgBlockGraphNodeType::BlockBackend;
         out.nodes.push(XDbgBlockGraphNode { id: next, kind, name: String::new() });
         if let Some(node) = names.get(root.node.as_str()) {

@@ -17,6 +17,7 @@ use ringblock_engine::host::linux::daemon::{Forked, PidFile, Ready, fork};
 use ringblock_engine::host::linux::net::Listener;
 use ringblock_engine::host::linux::signals::Signals;
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -28,6 +29,8 @@ pub(super) struct Serving {
     pub(super) server: Server<Daemon>,
     /// Sockets of monitors; their files go when these do.
     pub(super) monitors: Vec<Listener>,
+    /// The image of the simple form, locked against a second server.
+    pub(super) image: Option<File>,
     chardevs: BTreeMap<String, Option<Chardev>>,
 }
 
@@ -56,7 +59,8 @@ fn serve_all(serve: &Serve, ready: Option<Ready>) -> Result<(), Error> {
     let daemon = Daemon::start(serve.cores)?;
     watch_signals(signals, daemon.clone())?;
     let server = Server::new(Daemon::registry(), daemon.clone(), daemon.events().clone());
-    let mut serving = Serving { daemon, server, monitors: Vec::new(), chardevs: BTreeMap::new() };
+    let mut serving =
+        Serving { daemon, server, monitors: Vec::new(), image: None, chardevs: BTreeMap::new() };
     let up = bring_up(serve, &mut serving);
     let result = match up {
         Ok(pidfile) => {

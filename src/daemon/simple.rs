@@ -23,7 +23,7 @@ use ringblock_drivers::options::types::{Empty, SocketAddress, SocketAddressType,
 use ringblock_drivers::options::{Size, from_json};
 use serde_json::json;
 use std::fmt::Write as _;
-use std::fs::{self, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions, TryLockError};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{DirBuilderExt, FileExt, FileTypeExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
@@ -44,6 +44,7 @@ struct Places {
 /// Opens the image, starts the NBD server and the control pipe, and tells the user.
 pub(super) fn bring_up(simple: &Simple, serving: &mut Serving) -> Result<(), Error> {
     let places = places(simple)?;
+    serving.image = Some(claim(&places.image, simple.read_only)?);
     serving.daemon.blockdev_add(node(&places, simple.read_only)?).map_err(|e| in_use(&places.image, e))?;
     serving.daemon.nbd_server_start(&NbdServerOptions {
         base: ringblock_drivers::options::export::NbdServerOptionsBase::default(),
@@ -180,6 +181,22 @@ fn node(places: &Places, read_only: bool) -> Result<BlockdevOptions, Error> {
         "driver": places.format, "node-name": NAME, "read-only": read_only, "discard": "unmap",
         "file": {"driver": if device { "host_device" } else { "file" }, "filename": path},
     }))
+}
+
+/// Makes this the only server of an image. The locks of the node itself are for the format: two programs may share a
+/// raw image if they want to, but two of these servers are a mistake.
+fn claim(image: &Path, read_only: bool) -> Result<File, Error> {
+    let file = File::open(image);
+    let file = file.map_err(|e| Error::io(Errno::of(&e), format!("Could not open '{}'", image.display())))?;
+    let locked = if read_only { file.try_lock_shared() } else { file.try_lock() };
+    match locked {
+        Err(TryLockError::WouldBlock) => Err(Error::new(
+            Errno::EBUSY,
+            format!("'{}' is being served already; stop that server first", image.display()),
+        )),
+        // A file system without such locks has to do with the node's own.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(file),
+    }
 }
 
 /// A lock that somebody else holds is the likeliest reason of all, and deserves words of its own.

@@ -187,49 +187,25 @@ mod tests {
     fn errors() {
         for (text, want) in [
             ("{}", "Parameter 'driver' is missing"),
-            (
-                "{'driver':'nope'}",
-                "Parameter 'driver' does not accept value 'nope'",
-            ),
-            (
-                "{'driver':1}",
-                "Invalid parameter type for 'driver', expected: string",
-            ),
+            ("{'driver':'nope'}", "Parameter 'driver' does not accept value 'nope'"),
+            ("{'driver':1}", "Invalid parameter type for 'driver', expected: string"),
             (
                 "{'driver':'null-co','node-name':5}",
                 "Invalid parameter type for 'node-name', expected: string",
             ),
             ("{'driver':'null-co','foo':1}", "Parameter 'foo' is unexpected"),
-            (
-                "{'driver':'null-co','size':'1'}",
-                "Invalid parameter type for 'size', expected: integer",
-            ),
-            (
-                "{'driver':'raw','file':1}",
-                "Invalid parameter type for 'file', expected: BlockdevRef",
-            ),
-            (
-                "{'driver':'raw','file':null}",
-                "Invalid parameter type for 'file', expected: BlockdevRef",
-            ),
+            ("{'driver':'null-co','size':'1'}", "Invalid parameter type for 'size', expected: integer"),
+            ("{'driver':'raw','file':1}", "Invalid parameter type for 'file', expected: BlockdevRef"),
+            ("{'driver':'raw','file':null}", "Invalid parameter type for 'file', expected: BlockdevRef"),
             ("{'driver':'raw'}", "Parameter 'file' is missing"),
             ("{'driver':'raw','file':{}}", "Parameter 'file.driver' is missing"),
-            (
-                "{'driver':'raw','file':{'driver':'null-co','bar':1}}",
-                "Parameter 'file.bar' is unexpected",
-            ),
-            (
-                "{'driver':'raw','file':{'driver':'file'}}",
-                "Parameter 'file.filename' is missing",
-            ),
+            ("{'driver':'raw','file':{'driver':'null-co','bar':1}}", "Parameter 'file.bar' is unexpected"),
+            ("{'driver':'raw','file':{'driver':'file'}}", "Parameter 'file.filename' is missing"),
             (
                 "{'driver':'null-co','cache':{'direct':1}}",
                 "Invalid parameter type for 'cache.direct', expected: boolean",
             ),
-            (
-                "{'driver':'null-co','discard':'x'}",
-                "Parameter 'discard' does not accept value 'x'",
-            ),
+            ("{'driver':'null-co','discard':'x'}", "Parameter 'discard' does not accept value 'x'"),
             (
                 "{'driver':'qcow2','file':'x','backing':5}",
                 "Invalid parameter type for 'backing', expected: BlockdevRefOrNull",

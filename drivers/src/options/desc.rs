@@ -177,11 +177,7 @@ impl Def {
                 put_members(&mut out, "  ", &self.members());
                 for b in *branches {
                     let _ = writeln!(out, "  {tag}={}: {}", b.name, first_line(b.doc));
-                    put_members(
-                        &mut out,
-                        "    ",
-                        &(b.ty)().def().map(Def::members).unwrap_or_default(),
-                    );
+                    put_members(&mut out, "    ", &(b.ty)().def().map(Def::members).unwrap_or_default());
                 }
             }
         }

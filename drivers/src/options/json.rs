@@ -84,13 +84,7 @@ pub struct Reader {
 
 impl Default for Reader {
     fn default() -> Self {
-        Reader {
-            state: State::Start,
-            start: 0,
-            buf: Vec::new(),
-            tokens: Vec::new(),
-            open: Vec::new(),
-        }
+        Reader { state: State::Start, start: 0, buf: Vec::new(), tokens: Vec::new(), open: Vec::new() }
     }
 }
 
@@ -184,11 +178,7 @@ impl Reader {
             return sink(Err(Error::invalid("JSON token size limit exceeded")));
         }
         // Both fit in 32 bits because of MAX_BYTES.
-        self.tokens.push(Token {
-            kind,
-            start: self.start as u32,
-            end: self.buf.len() as u32,
-        });
+        self.tokens.push(Token { kind, start: self.start as u32, end: self.buf.len() as u32 });
         if self.open.is_empty() || !balanced {
             let message = parse_tokens(&self.buf, &self.tokens);
             self.drop_message(State::Start);
@@ -215,10 +205,7 @@ fn step(state: State, byte: u8) -> Step {
         (Start, b'}' | b']') => Step::End(Kind::Close(byte)),
         (Start, b':') => Step::End(Kind::Colon),
         (Start, b',') => Step::End(Kind::Comma),
-        (Start, b'"' | b'\'') => Step::Go(Str {
-            quote: byte,
-            escape: false,
-        }),
+        (Start, b'"' | b'\'') => Step::Go(Str { quote: byte, escape: false }),
         (Start, b'-') => Step::Go(Sign),
         (Start | Sign, b'0') => Step::Go(Zero),
         (Start | Sign, b'1'..=b'9') => Step::Go(Digits),
@@ -278,11 +265,7 @@ impl Parser<'_> {
     }
 
     fn next(&mut self) -> Result<Token, Error> {
-        let t = self
-            .tokens
-            .get(self.at)
-            .copied()
-            .ok_or_else(|| syntax("premature EOI"))?;
+        let t = self.tokens.get(self.at).copied().ok_or_else(|| syntax("premature EOI"))?;
         self.at += 1;
         Ok(t)
     }
@@ -302,10 +285,7 @@ impl Parser<'_> {
                 b"true" => Ok(Value::Bool(true)),
                 b"false" => Ok(Value::Bool(false)),
                 b"null" => Ok(Value::Null),
-                other => Err(syntax(format!(
-                    "invalid keyword '{}'",
-                    String::from_utf8_lossy(other)
-                ))),
+                other => Err(syntax(format!("invalid keyword '{}'", String::from_utf8_lossy(other)))),
             },
             Kind::Close(_) | Kind::Colon | Kind::Comma => Err(syntax("expecting value")),
         }
@@ -364,8 +344,7 @@ fn number(text: &[u8], float: bool) -> Result<Value, Error> {
         }
     }
     let n = text.parse::<f64>().ok().and_then(Number::from_f64);
-    n.map(Value::Number)
-        .ok_or_else(|| syntax(format!("number '{text}' is out of range")))
+    n.map(Value::Number).ok_or_else(|| syntax(format!("number '{text}' is out of range")))
 }
 
 /// Decodes a string token, quotes included.
@@ -399,11 +378,7 @@ fn unicode_escape(chars: &mut std::str::Chars<'_>) -> Result<char, Error> {
     let unit = |chars: &mut std::str::Chars<'_>| -> (String, Option<u32>) {
         let digits: String = chars.take(4).collect();
         let ok = digits.len() == 4 && digits.bytes().all(|b| b.is_ascii_hexdigit());
-        let n = if ok {
-            u32::from_str_radix(&digits, 16).ok()
-        } else {
-            None
-        };
+        let n = if ok { u32::from_str_radix(&digits, 16).ok() } else { None };
         (digits, n)
     };
     let (digits, first) = unit(chars);
@@ -556,13 +531,7 @@ mod tests {
         ] {
             let want: Vec<_> = want
                 .into_iter()
-                .map(|w| {
-                    if w.starts_with('{') {
-                        w.into()
-                    } else {
-                        format!("{p}{w}")
-                    }
-                })
+                .map(|w| if w.starts_with('{') { w.into() } else { format!("{p}{w}") })
                 .collect();
             assert_eq!(feed(&mut r, input), want, "{:?}", String::from_utf8_lossy(input));
         }
@@ -572,10 +541,7 @@ mod tests {
     #[test]
     fn byte_by_byte() {
         let mut r = Reader::default();
-        let got: Vec<_> = b"{'a':[1,-2.5e1,'x\\u00e9']}{}"
-            .iter()
-            .flat_map(|b| feed(&mut r, &[*b]))
-            .collect();
+        let got: Vec<_> = b"{'a':[1,-2.5e1,'x\\u00e9']}{}".iter().flat_map(|b| feed(&mut r, &[*b])).collect();
         assert_eq!(got, ["{\"a\": [1, -25, \"x\\u00E9\"]}", "{}"]);
         assert_eq!(r.held(), 0);
     }
@@ -605,23 +571,14 @@ mod tests {
             ("-9223372036854775808", "-9223372036854775808"),
             ("1.50", "1.5"),
             ("1e3", "1000"),
-            (
-                "'\\u007f\\b\"\\/\\ud834\\udd1e'",
-                "\"\\u007F\\b\\\"/\\uD834\\uDD1E\"",
-            ),
+            ("'\\u007f\\b\"\\/\\ud834\\udd1e'", "\"\\u007F\\b\\\"/\\uD834\\uDD1E\""),
             ("[null,true,{},[]]", "[null, true, {}, []]"),
         ] {
             assert_eq!(parse(input).map(|v| write(&v, false)), Ok(want.to_owned()));
         }
         assert!(parse("1e999").is_err());
-        assert_eq!(
-            parse("{} {}").unwrap_err().message,
-            "Expecting at most one JSON value"
-        );
-        assert_eq!(
-            parse("{\"a\":1").unwrap_err().message,
-            "JSON parse error, premature EOI"
-        );
+        assert_eq!(parse("{} {}").unwrap_err().message, "Expecting at most one JSON value");
+        assert_eq!(parse("{\"a\":1").unwrap_err().message, "JSON parse error, premature EOI");
     }
 
     /// Goal: the indented form of the peer. Method: its empty object and a nested value.

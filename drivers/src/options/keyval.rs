@@ -77,11 +77,7 @@ fn take_value(text: &str) -> (String, &str) {
 fn check_key(key: &str) -> Result<Vec<&str>, Error> {
     let parts: Vec<_> = key.split('.').collect();
     let bad = parts.len() > MAX_FRAGMENTS || parts.first().is_some_and(|p| is_index(p));
-    if bad
-        || !parts
-            .iter()
-            .all(|p| p.len() <= MAX_FRAGMENT && (is_index(p) || is_name(p)))
-    {
+    if bad || !parts.iter().all(|p| p.len() <= MAX_FRAGMENT && (is_index(p) || is_name(p))) {
         return Err(Error::invalid(format!("Invalid parameter '{key}'")));
     }
     Ok(parts)
@@ -93,9 +89,7 @@ fn is_index(part: &str) -> bool {
 
 fn is_name(part: &str) -> bool {
     part.starts_with(|c: char| c.is_ascii_alphabetic())
-        && part
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
+        && part.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-' || b == b'_')
 }
 
 /// The tree while it grows; lists are objects with numbers for keys until the end.
@@ -138,18 +132,10 @@ impl Node {
         let indexes = members.iter().filter(|(k, _)| is_index(k)).count();
         if indexes == 0 {
             let convert = |(k, v): (String, Node)| {
-                let path = if path.is_empty() {
-                    k.clone()
-                } else {
-                    format!("{path}.{k}")
-                };
+                let path = if path.is_empty() { k.clone() } else { format!("{path}.{k}") };
                 v.into_value(&path).map(|v| (k, v))
             };
-            return members
-                .into_iter()
-                .map(convert)
-                .collect::<Result<Map<_, _>, _>>()
-                .map(Value::Object);
+            return members.into_iter().map(convert).collect::<Result<Map<_, _>, _>>().map(Value::Object);
         }
         if indexes != members.len() {
             return Err(inconsistent(path));
@@ -177,10 +163,7 @@ fn list(members: Vec<(String, Node)>, path: &str) -> Result<Value, Error> {
         } else if i == out.len() {
             out.push(v);
         } else {
-            return Err(Error::invalid(format!(
-                "Parameter '{path}.{}' missing",
-                out.len()
-            )));
+            return Err(Error::invalid(format!("Parameter '{path}.{}' missing", out.len())));
         }
     }
     Ok(Value::Array(out))
@@ -204,10 +187,7 @@ mod tests {
             ("raw,a=1", json!({"driver": "raw", "a": "1"})),
             ("driver=raw,", json!({"driver": "raw"})),
             ("a=x,,y,,,b=", json!({"a": "x,y,", "b": ""})),
-            (
-                "a.b.c=1,a.b.d=2,a.e==",
-                json!({"a": {"b": {"c": "1", "d": "2"}, "e": "="}}),
-            ),
+            ("a.b.c=1,a.b.d=2,a.e==", json!({"a": {"b": {"c": "1", "d": "2"}, "e": "="}})),
             ("l.1=b,l.0=a", json!({"l": ["a", "b"]})),
             ("l.0.x=1,l.0.y=2", json!({"l": [{"x": "1", "y": "2"}]})),
             ("a=1,a=2", json!({"a": "2"})),

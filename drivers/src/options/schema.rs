@@ -35,8 +35,7 @@ impl Schema {
     /// Adds an event with its data.
     pub fn event(&mut self, name: &str, data: Type) {
         let arg = self.name(data);
-        self.out
-            .push(json!({"name": name, "meta-type": "event", "arg-type": arg}));
+        self.out.push(json!({"name": name, "meta-type": "event", "arg-type": arg}));
     }
 
     /// The list: commands and events as added, then the types in the order in which they were met.
@@ -55,8 +54,7 @@ impl Schema {
                 let element = self.name(of());
                 let name = format!("[{element}]");
                 if self.arrays.insert(name.clone()) {
-                    self.out
-                        .push(json!({"name": name, "element-type": element, "meta-type": "array"}));
+                    self.out.push(json!({"name": name, "element-type": element, "meta-type": "array"}));
                 }
                 name
             }
@@ -81,8 +79,7 @@ impl Schema {
             Builtin::Null => ("null", "null"),
         };
         if self.builtins.insert(name) {
-            self.out
-                .push(json!({"name": name, "json-type": json_type, "meta-type": "builtin"}));
+            self.out.push(json!({"name": name, "json-type": json_type, "meta-type": "builtin"}));
         }
         name
     }
@@ -107,9 +104,7 @@ impl Schema {
                 entry.insert("members".into(), self.members(&def.members()).into());
                 "object"
             }
-            Kind::Union {
-                tag, words, branches, ..
-            } => {
+            Kind::Union { tag, words, branches, .. } => {
                 let mut members = vec![json!({"name": tag, "type": self.name(Type::Def(words))})];
                 members.extend(self.members(&def.members()));
                 entry.insert("tag".into(), (*tag).into());
@@ -135,10 +130,7 @@ impl Schema {
     }
 
     fn variants(&mut self, branches: &'static [Branch]) -> Vec<Value> {
-        branches
-            .iter()
-            .map(|b| json!({"case": b.name, "type": self.name((b.ty)())}))
-            .collect()
+        branches.iter().map(|b| json!({"case": b.name, "type": self.name((b.ty)())})).collect()
     }
 }
 
@@ -166,16 +158,8 @@ mod tests {
         let args = find(command["arg-type"].as_str().unwrap());
         assert_eq!(args["tag"], "driver");
         assert_eq!(args["members"][0]["name"], "driver");
-        assert_eq!(
-            args["members"][1],
-            json!({"name": "node-name", "type": "str", "default": null})
-        );
-        let raw = args["variants"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .find(|v| v["case"] == "raw")
-            .unwrap();
+        assert_eq!(args["members"][1], json!({"name": "node-name", "type": "str", "default": null}));
+        let raw = args["variants"].as_array().unwrap().iter().find(|v| v["case"] == "raw").unwrap();
         let file = &find(raw["type"].as_str().unwrap())["members"][0];
         assert_eq!(find(file["type"].as_str().unwrap())["meta-type"], "alternate");
         assert_eq!(find(command["ret-type"].as_str().unwrap())["members"], json!([]));

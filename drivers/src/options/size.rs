@@ -55,8 +55,7 @@ pub fn parse(text: &str, default_shift: u32) -> Result<u64, BadSize> {
     let unit = 1u64 << shift;
     let whole: u64 = whole.parse().map_err(|_| BadSize::Range)?;
     let base = whole.checked_mul(unit).ok_or(BadSize::Range)?;
-    base.checked_add(fraction_of(fraction, unit))
-        .ok_or(BadSize::Range)
+    base.checked_add(fraction_of(fraction, unit)).ok_or(BadSize::Range)
 }
 
 /// `0.fraction * unit`, rounded down. Digits beyond the 18th cannot matter for a unit of at most 2^60.

@@ -133,7 +133,5 @@ impl From<SocketAddressLegacy> for SocketAddress {
 /// Whether a text may name a node, an export or an object: a letter, then letters, digits, `-`, `.`, `_`.
 pub fn is_id(text: &str) -> bool {
     text.starts_with(|c: char| c.is_ascii_alphabetic())
-        && text
-            .bytes()
-            .all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
+        && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-._".contains(&b))
 }

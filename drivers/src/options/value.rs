@@ -76,19 +76,12 @@ pub struct Input<'a> {
 impl<'a> Input<'a> {
     /// The whole input.
     pub fn root(value: &'a Value, mode: Mode) -> Input<'a> {
-        Input {
-            value,
-            mode,
-            path: &Path::Root,
-        }
+        Input { value, mode, path: &Path::Root }
     }
 
     /// "Invalid parameter type for 'path', expected: what".
     pub fn type_error(&self, expected: &str) -> Error {
-        Error::invalid(format!(
-            "Invalid parameter type for '{}', expected: {expected}",
-            self.path
-        ))
+        Error::invalid(format!("Invalid parameter type for '{}', expected: {expected}", self.path))
     }
 
     /// "Parameter 'path' expects what".
@@ -109,10 +102,7 @@ impl<'a> Input<'a> {
 
     /// The error for a word that is none of those expected.
     pub fn bad_word(&self, word: &str) -> Error {
-        Error::invalid(format!(
-            "Parameter '{}' does not accept value '{word}'",
-            self.path
-        ))
+        Error::invalid(format!("Parameter '{}' does not accept value '{word}'", self.path))
     }
 
     fn keyval_text(&self, expected: &str) -> Result<&'a str, Error> {
@@ -289,12 +279,9 @@ impl<'a> Object<'a> {
             return Err(Error::invalid("Options are nested too deeply"));
         }
         match input.value {
-            Value::Object(map) => Ok(Object {
-                map,
-                mode: input.mode,
-                path: input.path,
-                known: Vec::with_capacity(16),
-            }),
+            Value::Object(map) => {
+                Ok(Object { map, mode: input.mode, path: input.path, known: Vec::with_capacity(16) })
+            }
             _ => Err(input.type_error("object")),
         }
     }
@@ -315,29 +302,20 @@ impl<'a> Object<'a> {
             return Ok(None);
         };
         let path = Path::Member(self.path, name);
-        read(Input {
-            value,
-            mode: self.mode,
-            path: &path,
-        })
-        .map(Some)
+        read(Input { value, mode: self.mode, path: &path }).map(Some)
     }
 
     /// "Parameter 'path.name' is missing".
     pub fn missing(&self, name: &str) -> Error {
-        Error::invalid(format!(
-            "Parameter '{}' is missing",
-            Path::Member(self.path, name)
-        ))
+        Error::invalid(format!("Parameter '{}' is missing", Path::Member(self.path, name)))
     }
 
     /// Refuses members that nobody asked for.
     pub fn finish(self) -> Result<(), Error> {
         match self.map.keys().find(|k| !self.known.contains(&k.as_str())) {
-            Some(k) => Err(Error::invalid(format!(
-                "Parameter '{}' is unexpected",
-                Path::Member(self.path, k)
-            ))),
+            Some(k) => {
+                Err(Error::invalid(format!("Parameter '{}' is unexpected", Path::Member(self.path, k))))
+            }
             None => Ok(()),
         }
     }
@@ -411,16 +389,12 @@ impl Qapi for Size {
     }
     fn read(input: Input<'_>) -> Result<Self, Error> {
         if input.mode == Mode::Json {
-            return input
-                .unsigned(u64::MAX, "a size value (bytes, not negative)")
-                .map(Size);
+            return input.unsigned(u64::MAX, "a size value (bytes, not negative)").map(Size);
         }
-        size::parse(input.keyval_text("size")?, 0)
-            .map(Size)
-            .map_err(|e| match e {
-                BadSize::Syntax => input.expects("a size value representible as a 64-bit integer"),
-                BadSize::Range => input.expects("a size value below 16 EiB"),
-            })
+        size::parse(input.keyval_text("size")?, 0).map(Size).map_err(|e| match e {
+            BadSize::Syntax => input.expects("a size value representible as a 64-bit integer"),
+            BadSize::Range => input.expects("a size value below 16 EiB"),
+        })
     }
     fn write(&self) -> Value {
         Value::from(self.0)
@@ -486,11 +460,7 @@ impl<T: Qapi> Qapi for Vec<T> {
         };
         let read = |(i, value)| {
             let path = Path::Index(input.path, i, input.mode);
-            T::read(Input {
-                value,
-                mode: input.mode,
-                path: &path,
-            })
+            T::read(Input { value, mode: input.mode, path: &path })
         };
         items.iter().enumerate().map(read).collect()
     }
@@ -528,9 +498,7 @@ mod tests {
     use serde_json::json;
 
     fn json_err<T: Qapi + fmt::Debug>(v: Value) -> String {
-        from_json::<T>(&v)
-            .map(|t| format!("read {t:?}"))
-            .unwrap_or_else(|e| e.message)
+        from_json::<T>(&v).map(|t| format!("read {t:?}")).unwrap_or_else(|e| e.message)
     }
 
     /// Goal: numbers keep to their ranges and signs in both modes. Method: edges of each.
@@ -542,10 +510,7 @@ mod tests {
         assert!(from_json::<u8>(&json!(256)).is_err());
         assert!(from_json::<u32>(&json!(-1)).is_err());
         assert!(from_json::<u32>(&json!(1.0)).is_err());
-        assert_eq!(
-            json_err::<Vec<u32>>(json!([1, 4294967296u64])),
-            "Parameter '[1]' expects uint32_t"
-        );
+        assert_eq!(json_err::<Vec<u32>>(json!([1, 4294967296u64])), "Parameter '[1]' expects uint32_t");
         assert_eq!(parse_signed("-0x10"), Some(-16));
         assert_eq!(parse_signed("-9223372036854775808"), Some(i64::MIN));
         assert_eq!(parse_signed("017"), Some(15));
@@ -572,15 +537,7 @@ mod tests {
     #[test]
     fn keyval_scalars() {
         let p: Probe = from_arg("a-a=yes,s=2k,n.0=-1,n.1=0x10", None).unwrap();
-        assert_eq!(
-            p,
-            Probe {
-                a: Some(true),
-                s: Some(Size(2048)),
-                n: Some(vec![-1, 16]),
-                inner: None
-            }
-        );
+        assert_eq!(p, Probe { a: Some(true), s: Some(Size(2048)), n: Some(vec![-1, 16]), inner: None });
         assert_eq!(
             p.write(),
             json!({"a-a": true, "s": 2048, "n": [-1, 16]}),

@@ -32,9 +32,7 @@ pub fn unpack(kind: CompressionType, packed: &[u8], cluster: &mut [u8]) -> Resul
 fn inflate(packed: &[u8], cluster: &mut [u8]) -> Result<(), Errno> {
     let mut d = Decompress::new_with_window_bits(false, WINDOW_BITS);
     // With all input and room for all output one call does it; BufError is a full output with input left over.
-    let status = d
-        .decompress(packed, cluster, FlushDecompress::Finish)
-        .map_err(|_| Errno::EIO)?;
+    let status = d.decompress(packed, cluster, FlushDecompress::Finish).map_err(|_| Errno::EIO)?;
     let full = d.total_out() == cluster.len() as u64;
     match status {
         Status::StreamEnd | Status::BufError | Status::Ok if full => Ok(()),
@@ -73,9 +71,7 @@ pub fn pack(kind: CompressionType, cluster: &[u8]) -> Result<Option<Vec<u8>>, Er
 fn deflate(cluster: &[u8]) -> Result<Option<Vec<u8>>, Errno> {
     let mut c = Compress::new_with_window_bits(Compression::default(), false, WINDOW_BITS);
     let mut out = Vec::with_capacity(cluster.len().saturating_sub(1));
-    let status = c
-        .compress_vec(cluster, &mut out, FlushCompress::Finish)
-        .map_err(|_| Errno::EIO)?;
+    let status = c.compress_vec(cluster, &mut out, FlushCompress::Finish).map_err(|_| Errno::EIO)?;
     Ok((status == Status::StreamEnd && out.len() < cluster.len()).then_some(out))
 }
 

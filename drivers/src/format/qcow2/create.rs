@@ -39,9 +39,9 @@ impl Preallocation {
             "metadata" => Ok(Preallocation::Metadata),
             "falloc" => Ok(Preallocation::Falloc),
             "full" => Ok(Preallocation::Full),
-            other => Err(Error::invalid(format!(
-                "Parameter 'preallocation' does not accept value '{other}'"
-            ))),
+            other => {
+                Err(Error::invalid(format!("Parameter 'preallocation' does not accept value '{other}'")))
+            }
         }
     }
 }
@@ -99,9 +99,7 @@ pub fn parse_compat(text: &str) -> Result<u32, Error> {
     match text {
         "0.10" | "v2" => Ok(2),
         "1.1" | "v3" => Ok(3),
-        other => Err(Error::invalid(format!(
-            "Parameter 'version' does not accept value '{other}'"
-        ))),
+        other => Err(Error::invalid(format!("Parameter 'version' does not accept value '{other}'"))),
     }
 }
 
@@ -110,9 +108,7 @@ pub fn parse_compression(text: &str) -> Result<CompressionType, Error> {
     match text {
         "zlib" => Ok(CompressionType::Zlib),
         "zstd" => Ok(CompressionType::Zstd),
-        other => Err(Error::invalid(format!(
-            "Parameter 'compression-type' does not accept value '{other}'"
-        ))),
+        other => Err(Error::invalid(format!("Parameter 'compression-type' does not accept value '{other}'"))),
     }
 }
 
@@ -190,9 +186,7 @@ impl CreateOptions {
             ));
         }
         if self.backing_format.is_some() && self.backing_file.is_none() {
-            return Err(Error::invalid(
-                "Backing format cannot be used without backing file",
-            ));
+            return Err(Error::invalid("Backing format cannot be used without backing file"));
         }
         Ok(())
     }
@@ -228,10 +222,7 @@ impl CreateOptions {
             snapshot_count: 0,
             snapshots_offset: HostOffset(0),
             incompatible: bit(self.data_file.is_some(), incompatible::DATA_FILE)
-                | bit(
-                    self.compression != CompressionType::Zlib,
-                    incompatible::COMPRESSION,
-                )
+                | bit(self.compression != CompressionType::Zlib, incompatible::COMPRESSION)
                 | bit(self.extended_l2, incompatible::EXTENDED_L2),
             compatible: bit(self.lazy_refcounts, compatible::LAZY_REFCOUNTS),
             autoclear: bit(self.data_file_raw, autoclear::DATA_FILE_RAW),
@@ -326,29 +317,20 @@ impl NewImage {
             let per = g.cluster_size() / 8;
             (0..n.div_ceil(per)).map(move |c| {
                 let here = (c * per)..((c + 1) * per).min(n);
-                let bytes = here
-                    .flat_map(|i| ((first.0 + i * g.cluster_size()) | flag).to_be_bytes())
-                    .collect();
+                let bytes =
+                    here.flat_map(|i| ((first.0 + i * g.cluster_size()) | flag).to_be_bytes()).collect();
                 (HostOffset(at.0 + c * g.cluster_size()), bytes)
             })
         };
         let counters = (0..self.refblocks).map(move |b| {
             let left = self.clusters - b * g.refblock_entries();
-            (
-                HostOffset(blocks.0 + b * g.cluster_size()),
-                ones(&g, left.min(g.refblock_entries())),
-            )
+            (HostOffset(blocks.0 + b * g.cluster_size()), ones(&g, left.min(g.refblock_entries())))
         });
         let tables =
             (0..self.l2_tables).map(move |t| (HostOffset(l2.0 + t * g.cluster_size()), self.l2_table(t)));
         pointers(reft, self.refblocks, blocks, 0)
             .chain(counters)
-            .chain(pointers(
-                self.header.l1_offset,
-                self.l2_tables,
-                l2,
-                super::entry::COPIED,
-            ))
+            .chain(pointers(self.header.l1_offset, self.l2_tables, l2, super::entry::COPIED))
             .chain(tables)
             .chain(std::iter::once((HostOffset(0), self.header_bytes.clone())))
     }
@@ -365,16 +347,9 @@ impl NewImage {
         let end = g.clusters_for(self.header.size).min((t + 1) * g.l2_entries());
         let mut out = Vec::with_capacity(g.cluster_size() as usize);
         for c in t * g.l2_entries()..end {
-            let a = Allocation {
-                host: HostOffset(start.0 + c * g.cluster_size()),
-                copied: true,
-            };
+            let a = Allocation { host: HostOffset(start.0 + c * g.cluster_size()), copied: true };
             let entry = if g.extended {
-                L2Entry::Sub {
-                    host: Some(a),
-                    allocated: 0,
-                    zero: 0,
-                }
+                L2Entry::Sub { host: Some(a), allocated: 0, zero: 0 }
             } else {
                 L2Entry::Data(a)
             };
@@ -446,10 +421,7 @@ pub fn measure(options: &CreateOptions, data_bytes: u64) -> Result<Measure, Erro
         Preallocation::Falloc | Preallocation::Full => guest,
         _ => data_bytes.min(guest),
     };
-    Ok(Measure {
-        required: fully_allocated - guest + held,
-        fully_allocated,
-    })
+    Ok(Measure { required: fully_allocated - guest + held, fully_allocated })
 }
 
 #[cfg(test)]

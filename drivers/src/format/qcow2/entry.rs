@@ -133,11 +133,7 @@ impl std::fmt::Display for BadEntry {
 impl EntryFormat {
     /// The format of an image's entries.
     pub fn of(header: &Header, geometry: Geometry) -> EntryFormat {
-        EntryFormat {
-            geometry,
-            zero_flag: header.version >= 3,
-            external_data: header.external_data(),
-        }
+        EntryFormat { geometry, zero_flag: header.version >= 3, external_data: header.external_data() }
     }
 
     /// What an entry says. Reserved bits are ignored here, as QEMU does when reading; `check` reports them.
@@ -159,11 +155,7 @@ impl EntryFormat {
             return decode_bitmap(alloc, bitmap);
         }
         if word & ZERO != 0 {
-            return if self.zero_flag {
-                Ok(L2Entry::Zero { kept: alloc })
-            } else {
-                Err(BadEntry::ZeroInV2)
-            };
+            return if self.zero_flag { Ok(L2Entry::Zero { kept: alloc }) } else { Err(BadEntry::ZeroInV2) };
         }
         Ok(alloc.map_or(L2Entry::Unallocated, L2Entry::Data))
     }
@@ -179,10 +171,7 @@ impl EntryFormat {
         // The offset field is wider than the 56 bits a host offset may have for small clusters.
         let at = HostOffset(word & ((1 << shift) - 1));
         let sectors = (word & (COMPRESSED - 1)) >> shift;
-        Ok(L2Entry::Compressed(Packed {
-            at,
-            len: (sectors + 1) * 512 - (at.0 & 511),
-        }))
+        Ok(L2Entry::Compressed(Packed { at, len: (sectors + 1) * 512 - (at.0 & 511) }))
     }
 
     /// The bytes to store for an entry.
@@ -194,21 +183,12 @@ impl EntryFormat {
             L2Entry::Zero { kept } => {
                 let w = kept.map_or(0, word);
                 if wide {
-                    RawEntry {
-                        word: w,
-                        bitmap: ALL_ZERO,
-                    }
+                    RawEntry { word: w, bitmap: ALL_ZERO }
                 } else {
-                    RawEntry {
-                        word: w | ZERO,
-                        bitmap: 0,
-                    }
+                    RawEntry { word: w | ZERO, bitmap: 0 }
                 }
             }
-            L2Entry::Data(a) => RawEntry {
-                word: word(a),
-                bitmap: if wide { ALL_ALLOCATED } else { 0 },
-            },
+            L2Entry::Data(a) => RawEntry { word: word(a), bitmap: if wide { ALL_ALLOCATED } else { 0 } },
             L2Entry::Compressed(p) => {
                 let last = p.at.0 + p.len.max(1) - 1;
                 let sectors = (last >> 9) - (p.at.0 >> 9);
@@ -217,16 +197,9 @@ impl EntryFormat {
                     bitmap: 0,
                 }
             }
-            L2Entry::Sub {
-                host,
-                allocated,
-                zero,
-            } => {
+            L2Entry::Sub { host, allocated, zero } => {
                 debug_assert!(wide && allocated & zero == 0 && (host.is_some() || allocated == 0));
-                RawEntry {
-                    word: host.map_or(0, word),
-                    bitmap: u64::from(zero) << 32 | u64::from(allocated),
-                }
+                RawEntry { word: host.map_or(0, word), bitmap: u64::from(zero) << 32 | u64::from(allocated) }
             }
         }
     }
@@ -245,11 +218,7 @@ fn decode_bitmap(host: Option<Allocation>, bitmap: u64) -> Result<L2Entry, BadEn
         (Some(a), ALL_ALLOCATED) => Ok(L2Entry::Data(a)),
         (None, _) if allocated != 0 => Err(BadEntry::SubclusterBitmap),
         _ if allocated & zero != 0 => Err(BadEntry::SubclusterBitmap),
-        _ => Ok(L2Entry::Sub {
-            host,
-            allocated,
-            zero,
-        }),
+        _ => Ok(L2Entry::Sub { host, allocated, zero }),
     }
 }
 
@@ -259,11 +228,7 @@ mod tests {
 
     fn format(bits: u32, extended: bool) -> EntryFormat {
         let geometry = Geometry::new(bits, 4, extended).unwrap();
-        EntryFormat {
-            geometry,
-            zero_flag: true,
-            external_data: false,
-        }
+        EntryFormat { geometry, zero_flag: true, external_data: false }
     }
 
     /// Goal: decode and encode are inverse. Method: every variant, standard and extended, several cluster sizes.
@@ -275,14 +240,8 @@ mod tests {
                     continue;
                 }
                 let f = format(bits, extended);
-                let a = Allocation {
-                    host: HostOffset(5 << 21),
-                    copied: true,
-                };
-                let b = Allocation {
-                    host: HostOffset(1 << 50),
-                    copied: false,
-                };
+                let a = Allocation { host: HostOffset(5 << 21), copied: true };
+                let b = Allocation { host: HostOffset(1 << 50), copied: false };
                 let mut all = vec![
                     L2Entry::Unallocated,
                     L2Entry::Zero { kept: None },
@@ -291,27 +250,12 @@ mod tests {
                     L2Entry::Data(b),
                 ];
                 for (at, len) in [(512 * 9, 512), (777, 512 - 265), (512 * 3 + 7, 512 + 505)] {
-                    all.push(L2Entry::Compressed(Packed {
-                        at: HostOffset(at),
-                        len,
-                    }));
+                    all.push(L2Entry::Compressed(Packed { at: HostOffset(at), len }));
                 }
                 if extended {
-                    all.push(L2Entry::Sub {
-                        host: Some(a),
-                        allocated: 3,
-                        zero: 4,
-                    });
-                    all.push(L2Entry::Sub {
-                        host: None,
-                        allocated: 0,
-                        zero: 4,
-                    });
-                    all.push(L2Entry::Sub {
-                        host: Some(b),
-                        allocated: 0,
-                        zero: 0,
-                    });
+                    all.push(L2Entry::Sub { host: Some(a), allocated: 3, zero: 4 });
+                    all.push(L2Entry::Sub { host: None, allocated: 0, zero: 4 });
+                    all.push(L2Entry::Sub { host: Some(b), allocated: 0, zero: 0 });
                 }
                 for e in all {
                     assert_eq!(f.decode(f.encode(e)), Ok(e), "bits {bits} extended {extended}");
@@ -324,41 +268,17 @@ mod tests {
     #[test]
     fn bad_entries() {
         let f = format(16, false);
-        assert!(matches!(
-            f.decode(RawEntry::from(512)),
-            Err(BadEntry::Unaligned(_))
-        ));
-        assert_eq!(
-            f.decode(RawEntry::from(COMPRESSED | COPIED)),
-            Err(BadEntry::CompressedCopied)
-        );
-        let v2 = EntryFormat {
-            zero_flag: false,
-            ..f
-        };
+        assert!(matches!(f.decode(RawEntry::from(512)), Err(BadEntry::Unaligned(_))));
+        assert_eq!(f.decode(RawEntry::from(COMPRESSED | COPIED)), Err(BadEntry::CompressedCopied));
+        let v2 = EntryFormat { zero_flag: false, ..f };
         assert_eq!(v2.decode(RawEntry::from(ZERO)), Err(BadEntry::ZeroInV2));
-        let ext = EntryFormat {
-            external_data: true,
-            ..f
-        };
-        assert_eq!(
-            ext.decode(RawEntry::from(COMPRESSED)),
-            Err(BadEntry::CompressedExternal)
-        );
-        let first = Allocation {
-            host: HostOffset(0),
-            copied: true,
-        };
+        let ext = EntryFormat { external_data: true, ..f };
+        assert_eq!(ext.decode(RawEntry::from(COMPRESSED)), Err(BadEntry::CompressedExternal));
+        let first = Allocation { host: HostOffset(0), copied: true };
         assert_eq!(ext.decode(RawEntry::from(COPIED)), Ok(L2Entry::Data(first)));
         let wide = format(16, true);
-        let both = RawEntry {
-            word: 1 << 16,
-            bitmap: 1 << 32 | 1,
-        };
+        let both = RawEntry { word: 1 << 16, bitmap: 1 << 32 | 1 };
         assert_eq!(wide.decode(both), Err(BadEntry::SubclusterBitmap));
-        assert_eq!(
-            wide.decode(RawEntry { word: 0, bitmap: 1 }),
-            Err(BadEntry::SubclusterBitmap)
-        );
+        assert_eq!(wide.decode(RawEntry { word: 0, bitmap: 1 }), Err(BadEntry::SubclusterBitmap));
     }
 }

@@ -93,15 +93,9 @@ pub(super) fn incompatible_names(area: &[u8]) -> Vec<(u32, String)> {
             continue;
         }
         for row in data.chunks_exact(FEATURE_ROW) {
-            let end = row[2..]
-                .iter()
-                .position(|&b| b == 0)
-                .map_or(FEATURE_ROW, |n| n + 2);
+            let end = row[2..].iter().position(|&b| b == 0).map_or(FEATURE_ROW, |n| n + 2);
             if row[0] == 0 && row[1] < 64 {
-                names.push((
-                    u32::from(row[1]),
-                    String::from_utf8_lossy(&row[2..end]).into_owned(),
-                ));
+                names.push((u32::from(row[1]), String::from_utf8_lossy(&row[2..end]).into_owned()));
             }
         }
     }
@@ -145,11 +139,7 @@ impl Extensions {
             push(&mut out, DATA_FILE, name.as_bytes());
         }
         if let Some((at, len)) = self.crypto {
-            push(
-                &mut out,
-                CRYPTO,
-                &[at.0.to_be_bytes(), len.to_be_bytes()].concat(),
-            );
+            push(&mut out, CRYPTO, &[at.0.to_be_bytes(), len.to_be_bytes()].concat());
         }
         if let Some(rows) = self.feature_names.as_ref().filter(|_| with_names) {
             push(&mut out, FEATURE_NAMES, rows);
@@ -190,9 +180,7 @@ fn backing_format(data: &[u8]) -> Result<String, Error> {
 
 fn crypto(data: &[u8], header: &Header) -> Result<(HostOffset, u64), Error> {
     if header.crypt_method != 2 {
-        return Err(Error::invalid(
-            "CRYPTO header extension only expected with LUKS encryption method",
-        ));
+        return Err(Error::invalid("CRYPTO header extension only expected with LUKS encryption method"));
     }
     let (16, Some(at), Some(len)) = (data.len(), be64(data, 0), be64(data, 8)) else {
         return Err(Error::invalid(format!(
@@ -211,13 +199,9 @@ fn crypto(data: &[u8], header: &Header) -> Result<(HostOffset, u64), Error> {
 
 fn bitmaps(data: &[u8], header: &Header) -> Result<BitmapsExtension, Error> {
     let fail = |what: String| Error::invalid(format!("bitmaps_ext: {what}"));
-    let (24, Some(count), Some(reserved), Some(size), Some(at)) = (
-        data.len(),
-        be32(data, 0),
-        be32(data, 4),
-        be64(data, 8),
-        be64(data, 16),
-    ) else {
+    let (24, Some(count), Some(reserved), Some(size), Some(at)) =
+        (data.len(), be32(data, 0), be32(data, 4), be64(data, 8), be64(data, 16))
+    else {
         return Err(fail("Invalid extension length".into()));
     };
     if reserved != 0 {
@@ -239,11 +223,7 @@ fn bitmaps(data: &[u8], header: &Header) -> Result<BitmapsExtension, Error> {
             "bitmap directory size ({size}) exceeds the maximum supported size ({MAX_BITMAP_DIRECTORY})"
         )));
     }
-    Ok(BitmapsExtension {
-        count,
-        directory_size: size,
-        directory_offset: HostOffset(at),
-    })
+    Ok(BitmapsExtension { count, directory_size: size, directory_offset: HostOffset(at) })
 }
 
 /// The feature name table of a new image (specification, "Feature name table").

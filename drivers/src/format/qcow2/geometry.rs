@@ -93,11 +93,7 @@ impl Geometry {
         let sane = (MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&cluster_bits)
             && refcount_order <= 6
             && (!extended || cluster_bits >= 14);
-        sane.then_some(Geometry {
-            cluster_bits,
-            refcount_order,
-            extended,
-        })
+        sane.then_some(Geometry { cluster_bits, refcount_order, extended })
     }
 
     /// Bytes in a cluster.
@@ -169,11 +165,7 @@ impl Geometry {
     /// Bytes of a subcluster; a whole cluster without extended entries.
     #[inline]
     pub fn subcluster_size(&self) -> u64 {
-        if self.extended {
-            self.cluster_size() / u64::from(SUBCLUSTERS)
-        } else {
-            self.cluster_size()
-        }
+        if self.extended { self.cluster_size() / u64::from(SUBCLUSTERS) } else { self.cluster_size() }
     }
 
     /// The guest cluster that holds `at`.

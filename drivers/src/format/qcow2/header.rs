@@ -133,16 +133,10 @@ pub fn peek_cluster_bits(start: &[u8]) -> Result<u32, Error> {
         return Err(Error::invalid("Image is not in qcow2 format"));
     }
     if !(2..=3).contains(&version) {
-        return Err(Error::new(
-            Errno::ENOTSUP,
-            format!("Unsupported qcow2 version {version}"),
-        ));
+        return Err(Error::new(Errno::ENOTSUP, format!("Unsupported qcow2 version {version}")));
     }
     if !(MIN_CLUSTER_BITS..=MAX_CLUSTER_BITS).contains(&bits) {
-        return Err(Error::invalid(format!(
-            "Unsupported cluster size: 2^{}",
-            bits as i32
-        )));
+        return Err(Error::invalid(format!("Unsupported cluster size: 2^{}", bits as i32)));
     }
     Ok(bits)
 }
@@ -173,40 +167,23 @@ impl Header {
         if backing_offset > cluster_size {
             return Err(Error::invalid("Invalid backing file offset"));
         }
-        let ext_end = if backing_offset == 0 {
-            cluster_size
-        } else {
-            backing_offset
-        };
-        let [incompatible, compatible, autoclear] = if version == 2 {
-            [0; 3]
-        } else {
-            [f.u64(72)?, f.u64(80)?, f.u64(88)?]
-        };
-        let exts = cluster
-            .get(header_length as usize..ext_end as usize)
-            .unwrap_or(&[]);
+        let ext_end = if backing_offset == 0 { cluster_size } else { backing_offset };
+        let [incompatible, compatible, autoclear] =
+            if version == 2 { [0; 3] } else { [f.u64(72)?, f.u64(80)?, f.u64(88)?] };
+        let exts = cluster.get(header_length as usize..ext_end as usize).unwrap_or(&[]);
         if incompatible & !incompatible::KNOWN != 0 {
             return Err(unsupported_features(exts, incompatible & !incompatible::KNOWN));
         }
         let compression = parse_compression(&f, version, header_length, incompatible)?;
         let refcount_order = if version == 2 { 4 } else { f.u32(96)? };
         if refcount_order > 6 {
-            return Err(Error::invalid(
-                "Reference count entry width too large; may not exceed 64 bits",
-            ));
+            return Err(Error::invalid("Reference count entry width too large; may not exceed 64 bits"));
         }
         let crypt_method = f.u32(32)?;
         if crypt_method > 2 {
-            return Err(Error::invalid(format!(
-                "Unsupported encryption method {crypt_method}"
-            )));
+            return Err(Error::invalid(format!("Unsupported encryption method {crypt_method}")));
         }
-        let known_end = if version == 2 {
-            V2_LENGTH
-        } else {
-            V3_LENGTH.min(header_length)
-        };
+        let known_end = if version == 2 { V2_LENGTH } else { V3_LENGTH.min(header_length) };
         let mut header = Header {
             version,
             cluster_bits,
@@ -223,10 +200,7 @@ impl Header {
             autoclear,
             refcount_order,
             compression,
-            unknown_fields: cluster
-                .get(known_end as usize..header_length as usize)
-                .unwrap_or(&[])
-                .to_vec(),
+            unknown_fields: cluster.get(known_end as usize..header_length as usize).unwrap_or(&[]).to_vec(),
             extensions: Extensions::default(),
             backing_file: None,
         };
@@ -248,11 +222,7 @@ impl Header {
         if reftable_bytes > MAX_REFTABLE_BYTES {
             return Err(Error::invalid("Reference count table too large"));
         }
-        self.table_in_range(
-            self.reftable_offset,
-            reftable_bytes,
-            "Reference count table offset invalid",
-        )?;
+        self.table_in_range(self.reftable_offset, reftable_bytes, "Reference count table offset invalid")?;
         if self.snapshot_count > MAX_SNAPSHOTS {
             return Err(Error::new(Errno::EFBIG, "Snapshot table too large"));
         }
@@ -262,11 +232,7 @@ impl Header {
         if u64::from(self.l1_size) * 8 > MAX_L1_BYTES {
             return Err(Error::new(Errno::EFBIG, "Active L1 table too large"));
         }
-        self.table_in_range(
-            self.l1_offset,
-            u64::from(self.l1_size) * 8,
-            "Active L1 table offset invalid",
-        )?;
+        self.table_in_range(self.l1_offset, u64::from(self.l1_size) * 8, "Active L1 table offset invalid")?;
         let needed = g.l1_entries_for(self.size);
         if needed > i32::MAX as u64 {
             return Err(Error::new(Errno::EFBIG, "Image is too big"));
@@ -279,9 +245,7 @@ impl Header {
 
     /// A table of `bytes` at `at` is cluster-aligned and ends below the largest host offset.
     fn table_in_range(&self, at: HostOffset, bytes: u64, text: &str) -> Result<(), Error> {
-        let fits = at
-            .checked_add(bytes)
-            .is_some_and(|end| end.0 <= HOST_OFFSET_LIMIT);
+        let fits = at.checked_add(bytes).is_some_and(|end| end.0 <= HOST_OFFSET_LIMIT);
         if !fits || !at.is_aligned(1 << self.cluster_bits) {
             return Err(Error::invalid(text));
         }
@@ -357,11 +321,7 @@ impl Header {
         // The feature name table is a courtesy: it gives way before the header overflows.
         let with_names = self.extensions.serialised(true);
         let fits = out.len() + with_names.len() + name.len() <= room;
-        out.extend(if fits {
-            with_names
-        } else {
-            self.extensions.serialised(false)
-        });
+        out.extend(if fits { with_names } else { self.extensions.serialised(false) });
         if !name.is_empty() {
             let at = out.len() as u64;
             put64(&mut out, 8, at);
@@ -395,25 +355,14 @@ fn parse_compression(
     length: u32,
     incompat: u64,
 ) -> Result<CompressionType, Error> {
-    let kind = if version >= 3 && length > 104 {
-        f.0.get(104).copied().unwrap_or(0)
-    } else {
-        0
-    };
+    let kind = if version >= 3 && length > 104 { f.0.get(104).copied().unwrap_or(0) } else { 0 };
     let flagged = incompat & incompatible::COMPRESSION != 0;
     match (kind, flagged) {
         (0, false) => Ok(CompressionType::Zlib),
         (1, true) => Ok(CompressionType::Zstd),
-        (0, true) => Err(Error::invalid(
-            "qcow2: Compression type incompatible feature bit must not be set",
-        )),
-        (1, false) => Err(Error::invalid(
-            "qcow2: Compression type incompatible feature bit must be set",
-        )),
-        (other, _) => Err(Error::new(
-            Errno::ENOTSUP,
-            format!("qcow2: unknown compression type: {other}"),
-        )),
+        (0, true) => Err(Error::invalid("qcow2: Compression type incompatible feature bit must not be set")),
+        (1, false) => Err(Error::invalid("qcow2: Compression type incompatible feature bit must be set")),
+        (other, _) => Err(Error::new(Errno::ENOTSUP, format!("qcow2: unknown compression type: {other}"))),
     }
 }
 
@@ -432,9 +381,8 @@ fn parse_backing_name(
         return Err(Error::invalid("Backing file name too long"));
     }
     let end = at + u64::from(len);
-    let raw = cluster
-        .get(at as usize..end as usize)
-        .ok_or_else(|| Error::invalid("Backing file name too long"))?;
+    let raw =
+        cluster.get(at as usize..end as usize).ok_or_else(|| Error::invalid("Backing file name too long"))?;
     let name = super::extensions::text(raw)
         .ok_or_else(|| Error::invalid("The backing file name in the image is not valid UTF-8"))?;
     Ok((!name.is_empty()).then_some(name))
@@ -452,10 +400,7 @@ fn unsupported_features(exts: &[u8], mut bits: u64) -> Error {
     if bits != 0 {
         names.push(format!("Unknown incompatible feature: {bits:x}"));
     }
-    Error::new(
-        Errno::ENOTSUP,
-        format!("Unsupported qcow2 feature(s): {}", names.join(", ")),
-    )
+    Error::new(Errno::ENOTSUP, format!("Unsupported qcow2 feature(s): {}", names.join(", ")))
 }
 
 #[cfg(test)]

@@ -27,10 +27,8 @@ fn foreign_headers_survive_a_round_trip() {
         "backing_file=some/where/base,backing_fmt=qcow2",
         "compat=v2,backing_file=base,backing_fmt=raw",
     ] {
-        let (rc, _, err) = qemu_img(
-            &dir,
-            &["create", "-q", "-u", "-f", "qcow2", "-o", opts, "a.qcow2", "64M"],
-        );
+        let (rc, _, err) =
+            qemu_img(&dir, &["create", "-q", "-u", "-f", "qcow2", "-o", opts, "a.qcow2", "64M"]);
         assert_eq!(rc, 0, "{opts}: {err}");
         let bytes = first_cluster(&dir.path("a.qcow2"));
         let header = Header::parse(&bytes).unwrap();
@@ -90,16 +88,10 @@ fn refusals_have_the_texts_of_qemu_img() {
         bytes[*at..at + patch.len()].copy_from_slice(patch);
         std::fs::write(dir.path(image), &bytes).unwrap();
         let (rc, _, err) = qemu_img(&dir, &["info", "-f", "qcow2", image]);
-        let peer = err
-            .trim()
-            .strip_prefix("qemu-img: Could not open 'a.qcow2': ")
-            .unwrap_or(err.trim())
-            .to_owned();
+        let peer =
+            err.trim().strip_prefix("qemu-img: Could not open 'a.qcow2': ").unwrap_or(err.trim()).to_owned();
         bytes.resize(65536 * 2, 0);
-        let ours = Header::parse(&bytes[..65536])
-            .map(|_| ())
-            .err()
-            .map_or(String::new(), |e| e.message);
+        let ours = Header::parse(&bytes[..65536]).map(|_| ()).err().map_or(String::new(), |e| e.message);
         if ours != peer || (rc != 0) == ours.is_empty() {
             wrong.push(format!("at {at} {patch:x?}: peer {rc} {peer:?}, here {ours:?}"));
         }
@@ -120,10 +112,7 @@ fn unknown_parts_are_kept() {
     bytes.resize(65536, 0);
     assert_eq!(Header::parse(&bytes).unwrap(), header);
     header.backing_file = Some("x".repeat(1024));
-    assert_eq!(
-        header.serialise().unwrap_err().message,
-        "No space left in the file header"
-    );
+    assert_eq!(header.serialise().unwrap_err().message, "No space left in the file header");
 }
 
 /// Goal: no first cluster, however mangled, makes the parser panic. Method: random single and multiple byte changes.
@@ -158,11 +147,7 @@ fn mangled_headers_do_not_panic() {
             let at = (random() % 160) as usize;
             bytes[at] = random() as u8;
         }
-        let cut = if random() % 8 == 0 {
-            (random() % 512) as usize
-        } else {
-            512
-        };
+        let cut = if random() % 8 == 0 { (random() % 512) as usize } else { 512 };
         if let Ok(h) = Header::parse(&bytes[..cut]) {
             let _ = h.serialise();
         }

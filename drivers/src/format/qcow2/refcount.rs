@@ -52,11 +52,7 @@ pub fn set(block: &mut [u8], order: u32, i: InBlock, value: u64) -> bool {
 
 /// The largest value of a counter of `1 << order` bits.
 fn mask(order: u32) -> u64 {
-    if order >= 6 {
-        u64::MAX
-    } else {
-        (1 << (1u32 << order)) - 1
-    }
+    if order >= 6 { u64::MAX } else { (1 << (1u32 << order)) - 1 }
 }
 
 #[cfg(test)]

@@ -71,10 +71,7 @@ impl Snapshot {
         if bytes > MAX_L1_BYTES {
             return Err(Error::new(Errno::EFBIG, "Snapshot L1 table too large"));
         }
-        let fits = self
-            .l1_offset
-            .checked_add(bytes)
-            .is_some_and(|end| end.0 <= HOST_OFFSET_LIMIT);
+        let fits = self.l1_offset.checked_add(bytes).is_some_and(|end| end.0 <= HOST_OFFSET_LIMIT);
         if !fits || !geometry.is_host_aligned(self.l1_offset) {
             return Err(Error::invalid("Snapshot L1 table offset invalid"));
         }
@@ -107,11 +104,7 @@ pub fn parse(table: &[u8], count: u32) -> Result<Parsed, Error> {
             }
             Err(need) => {
                 let need = (at + need) as u64;
-                return if need > MAX_TABLE_BYTES {
-                    Err(too_large())
-                } else {
-                    Ok(Parsed::Need(need))
-                };
+                return if need > MAX_TABLE_BYTES { Err(too_large()) } else { Ok(Parsed::Need(need)) };
             }
         }
     }
@@ -131,18 +124,14 @@ fn parse_one(b: &[u8], index: u32) -> Result<Result<(Snapshot, usize), usize>, E
         return Ok(Err(FIXED));
     };
     if extra_len > MAX_EXTRA {
-        return Err(Error::invalid(format!(
-            "Too much extra metadata in snapshot table entry {index}"
-        )));
+        return Err(Error::invalid(format!("Too much extra metadata in snapshot table entry {index}")));
     }
     let extra_end = FIXED + extra_len as usize;
     let id_end = extra_end + usize::from(id_len);
     let name_end = id_end + usize::from(name_len);
-    let (Some(extra), Some(id), Some(name)) = (
-        b.get(FIXED..extra_end),
-        b.get(extra_end..id_end),
-        b.get(id_end..name_end),
-    ) else {
+    let (Some(extra), Some(id), Some(name)) =
+        (b.get(FIXED..extra_end), b.get(extra_end..id_end), b.get(id_end..name_end))
+    else {
         return Ok(Err(name_end));
     };
     let (u32_at, u64_at) = (|at| be32(b, at).unwrap_or(0), |at| be64(b, at).unwrap_or(0));
@@ -237,12 +226,7 @@ mod tests {
     fn limits() {
         let mut bytes = serialise(&[sample(16)]).unwrap();
         bytes[36..40].copy_from_slice(&1025u32.to_be_bytes());
-        assert!(
-            parse(&bytes, 1)
-                .unwrap_err()
-                .message
-                .contains("Too much extra metadata")
-        );
+        assert!(parse(&bytes, 1).unwrap_err().message.contains("Too much extra metadata"));
         assert_eq!(sample(16).disk_size(), Some(0x08090a0b0c0d0e0f));
         assert_eq!(sample(0).disk_size(), None);
     }

@@ -38,15 +38,7 @@ pub(super) fn qemu_io(dir: &Scratch, args: &[&str]) -> (i32, String, String) {
 }
 
 fn run(dir: &Path, program: &str, args: &[&str]) -> (i32, String, String) {
-    let out = Command::new(program)
-        .args(args)
-        .current_dir(dir)
-        .output()
-        .expect("qemu-utils is installed");
+    let out = Command::new(program).args(args).current_dir(dir).output().expect("qemu-utils is installed");
     let text = |b: Vec<u8>| String::from_utf8_lossy(&b).into_owned();
-    (
-        out.status.code().unwrap_or(-1),
-        text(out.stdout),
-        text(out.stderr),
-    )
+    (out.status.code().unwrap_or(-1), text(out.stdout), text(out.stderr))
 }
