@@ -15,6 +15,7 @@ use crate::options::blockdev::{
     BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsFile, BlockdevOptionsQcow2,
     BlockdevOptionsRaw, BlockdevRef,
 };
+use crate::options::{Map, Value, json};
 use ringblock_engine::driver::{LocalFuture, Opened};
 use ringblock_engine::error::{Errno, Error};
 use ringblock_engine::graph::{Common, NodeSpec, OpenCx};
@@ -24,7 +25,7 @@ use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 use std::sync::Arc;
 
-/// The options of the image at `path`, with `base` for its top node, and whether its format was guessed.
+/// The options of the image called `path`: a path, one with the prefix `file:` or `host_device:`, or `json:{…}`; with `base` for its top node, and whether its format was guessed.
 ///
 /// Runs on a core: without a format the first sector is read. Errors: those of opening the file;
 /// "Unknown driver 'x'" for formats that are not known or not supported.
@@ -33,6 +34,13 @@ pub async fn options(
     format: Option<&str>,
     base: BlockdevOptionsBase,
 ) -> Result<(BlockdevOptions, How), Error> {
+    if let Some(text) = path.strip_prefix("json:") {
+        return Ok((
+            from_json_name(text, format, base).map_err(|e| e.context(format!("Could not open '{path}'")))?,
+            How::default(),
+        ));
+    }
+    let path = plain(path)?;
     match format {
         Some(format) => Ok((with_format(path, format, base)?, How::default())),
         None => {
@@ -40,6 +48,62 @@ pub async fn options(
             Ok((with_format(path, format, base)?, How { probed: true, ..How::default() }))
         }
     }
+}
+
+/// A path without the prefix of a protocol driver. A colon before any slash makes a prefix (reference, part 5 item 28).
+fn plain(name: &str) -> Result<&str, Error> {
+    match name.split('/').next().unwrap_or(name).split_once(':') {
+        None => Ok(name),
+        Some(("file" | "host_device", _)) => Ok(name.split_once(':').map_or(name, |(_, path)| path)),
+        Some((other, _)) => {
+            Err(Error::invalid(format!("Could not open '{name}': Unknown protocol '{other}'")))
+        }
+    }
+}
+
+/// Options written in JSON in the place of a name; what is given beside them comes first.
+fn from_json_name(
+    text: &str,
+    format: Option<&str>,
+    base: BlockdevOptionsBase,
+) -> Result<BlockdevOptions, Error> {
+    let tree = json::parse(text).map_err(|e| e.context("Could not parse the JSON options"))?;
+    let Value::Object(members) = tree else { return Err(Error::invalid("Invalid JSON object given")) };
+    let mut tree = nested(members)?;
+    if let Some(format) = format {
+        let given = tree.as_object_mut().and_then(|o| o.insert("driver".into(), Value::from(format)));
+        if given.is_some_and(|g| g != *format) {
+            return Err(Error::invalid("Driver specified twice"));
+        }
+    }
+    let mut options: BlockdevOptions = crate::options::from_json(&tree)?;
+    let inner = std::mem::replace(&mut options.base, base);
+    let outer = &mut options.base;
+    macro_rules! fill { ($($member:ident)*) => { $( outer.$member = outer.$member.take().or(inner.$member); )* } }
+    fill!(node_name discard cache read_only auto_read_only force_share detect_zeroes);
+    Ok(options)
+}
+
+/// `{"file.filename": …}` as `{"file": {"filename": …}}`.
+fn nested(flat: Map<String, Value>) -> Result<Value, Error> {
+    let mut tree = Map::new();
+    for (key, value) in flat {
+        let twice = || Error::invalid(format!("Option '{key}' is given twice"));
+        let mut at = &mut tree;
+        let mut parts = key.split('.').peekable();
+        while let Some(part) = parts.next() {
+            if parts.peek().is_none() {
+                if at.contains_key(part) {
+                    return Err(twice());
+                }
+                at.insert(part.to_owned(), value);
+                break;
+            }
+            let inner = at.entry(part).or_insert_with(|| Value::Object(Map::new()));
+            at = inner.as_object_mut().ok_or_else(twice)?;
+        }
+    }
+    Ok(Value::Object(tree))
 }
 
 /// The options of the image at `path` in a format that is known.
@@ -124,6 +188,26 @@ mod tests {
     fn protocols() {
         assert!(matches!(protocol("/dev/null"), BlockdevDriver::HostDevice(_)));
         assert!(matches!(protocol("/nowhere/x"), BlockdevDriver::File(_)));
+    }
+
+    /// Goal: prefixes and JSON names mean what they mean elsewhere. Method: texts recorded from the peer.
+    #[test]
+    fn names() {
+        assert_eq!(plain("file:a:b"), Ok("a:b"));
+        assert_eq!(plain("./a:b"), Ok("./a:b"));
+        assert_eq!(plain("foo:bar").unwrap_err().message, "Could not open 'foo:bar': Unknown protocol 'foo'");
+        let json = |text| from_json_name(text, None, BlockdevOptionsBase::default());
+        let dotted = json(r#"{"driver":"qcow2","file.driver":"file","file.filename":"q"}"#).unwrap();
+        let nested = json(r#"{"driver":"qcow2","file":{"driver":"file","filename":"q"}}"#).unwrap();
+        assert_eq!(dotted, nested);
+        assert_eq!(json("3").unwrap_err().message, "Invalid JSON object given");
+        assert!(json("{").unwrap_err().message.starts_with("Could not parse the JSON options: "));
+        assert!(json(r#"{"driver":"raw","file":"a","file.x":1}"#).is_err());
+        assert!(json(r#"{"driver":"raw","file.x":1,"file":"a"}"#).is_err());
+        let base = BlockdevOptionsBase { read_only: Some(true), ..Default::default() };
+        let o =
+            from_json_name(r#"{"driver":"null-co","read-only":false,"node-name":"n"}"#, None, base).unwrap();
+        assert_eq!((o.base.read_only, o.node_name()), (Some(true), Some("n")));
     }
 
     /// Goal: formats by name; unknown ones are refused by name.
