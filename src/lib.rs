@@ -18,7 +18,6 @@
 #![forbid(unsafe_code)]
 
 pub mod cli;
-pub mod daemon;
 pub mod qmp;
 mod storage;
 

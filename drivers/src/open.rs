@@ -54,6 +54,12 @@ pub fn child(of: &BlockdevRef, parent: &Common, role: Role) -> Result<ChildSpec,
     Ok(ChildSpec::Inline(Box::new(spec(options, common, How::default())?)))
 }
 
+/// A child that no option describes, with what it inherits.
+pub(crate) fn implicit(options: BlockdevOptions, inherited: Common) -> Result<ChildSpec, Error> {
+    let common = common(&options.base, inherited)?;
+    Ok(ChildSpec::Inline(Box::new(spec(options, common, How::default())?)))
+}
+
 /// What a child in place takes over from its parent. A parent that settles for read-only passes the right on.
 fn inherit(parent: &Common, role: Role) -> Common {
     Common { auto_read_only: parent.auto_read_only, ..parent.for_child(role) }
@@ -86,7 +92,7 @@ pub fn common(base: &BlockdevOptionsBase, inherited: Common) -> Result<Common, E
     Ok(common)
 }
 
-pub(crate) fn spec(options: BlockdevOptions, common: Common, how: How) -> Result<NodeSpec, Error> {
+fn spec(options: BlockdevOptions, common: Common, how: How) -> Result<NodeSpec, Error> {
     let open = open_fn(&options, &common, how)?;
     Ok(NodeSpec {
         name: options.base.node_name.clone(),
@@ -97,14 +103,14 @@ pub(crate) fn spec(options: BlockdevOptions, common: Common, how: How) -> Result
     })
 }
 
-pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
+fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
     match &options.driver {
         BlockdevDriver::File(o) => file(o, common, false),
         BlockdevDriver::HostDevice(o) => file(o, common, true),
         BlockdevDriver::NullAio(o) => null(o, "null-aio"),
         BlockdevDriver::NullCo(o) => null(o, "null-co"),
         BlockdevDriver::Raw(o) => Ok(raw(o, common, how)?),
-        BlockdevDriver::Qcow2(_) => Err(Error::new(Errno::ENOTSUP, "Unknown driver 'qcow2'")),
+        BlockdevDriver::Qcow2(o) => crate::open_qcow2::open_fn(o, common),
     }
 }
 

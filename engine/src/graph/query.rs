@@ -17,8 +17,6 @@ pub struct EdgeInfo {
     pub node: NodeId,
     /// The child's name.
     pub child: String,
-    /// Permissions used and shared.
-    pub perms: (u8, u8),
 }
 
 /// One node.
@@ -87,10 +85,7 @@ impl Graph {
             monitor: n.monitor,
             perms: state.cumulated(*id),
             edges: (n.edges.iter())
-                .filter_map(|e| {
-                    let perms = state.edge(n, e.role, state.cumulated(*id));
-                    e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node), perms })
-                })
+                .filter_map(|e| e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node) }))
                 .collect(),
         });
         let root = |(id, r): (&RootId, &super::RootNode)| RootInfo {

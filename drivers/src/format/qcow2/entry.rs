@@ -31,6 +31,9 @@ pub const L2_RESERVED: u64 = !(COPIED | COMPRESSED | OFFSET_MASK | ZERO);
 /// Bits of a refcount table entry that must be clear.
 pub const REFTABLE_RESERVED: u64 = 0x1ff;
 
+/// A standard or extended first word that never decodes: put in place of an entry that must not be used.
+pub(super) const BROKEN: u64 = COMPRESSED | COPIED;
+
 /// What decoding depends on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct EntryFormat {

@@ -1,0 +1,434 @@
+//! Checking an image: every reference is counted and compared with the refcounts; repair makes them agree.
+//!
+//! Works on the file alone, without the caches of an open image, so that it can look at images too damaged to be opened
+//! for writing. Nobody else may use the image meanwhile.
+//!
+//! Invariants: work and memory are bounded by the length of the file, whatever the header claims; a repair changes no
+//! guest data; a rebuilt refcount structure lies behind everything referenced and behind the file's end, is durable
+//! before the header names it, and a crash on the way leaves the old one in force.
+//!
+//! ```text
+//! header ─► L1 ─► L2 ─► clusters ┐
+//! snapshots ─► L1 ─► L2 ─► …     ├─► references[cluster]  ◄─ compare ─►  refcounts[cluster]
+//! refcount table, blocks, bitmaps┘        │ too low: corruption      │ too high: leak
+//! ```
+
+use std::collections::HashMap;
+
+use ringblock_engine::Error;
+use ringblock_engine::mem::Buf;
+use ringblock_engine::units::HostOffset;
+
+use super::entry::{
+    BadEntry, COPIED, EntryFormat, L1_RESERVED, L2Entry, OFFSET_MASK, REFTABLE_RESERVED, RawEntry,
+};
+use super::geometry::{Geometry, HostCluster};
+use super::header::Header;
+use super::io::Store;
+use super::open::{read_geometry, read_snapshots, read_table};
+use super::refcount;
+use super::{bitmaps, repair};
+
+/// What a check may change.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Repair {
+    /// Nothing.
+    #[default]
+    None,
+    /// Refcounts that are too high.
+    Leaks,
+    /// Everything that can be put right.
+    All,
+}
+
+/// The result of a check: the numbers of `qemu-img check`.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct CheckReport {
+    /// Clusters with a refcount that is too high.
+    pub leaks: u64,
+    /// Everything else that is wrong.
+    pub corruptions: u64,
+    /// Things that could not be looked at.
+    pub check_errors: u64,
+    /// Leaks put right.
+    pub leaks_fixed: u64,
+    /// Corruptions put right.
+    pub corruptions_fixed: u64,
+    /// Clusters of the virtual disk.
+    pub total_clusters: u64,
+    /// Of these, allocated.
+    pub allocated_clusters: u64,
+    /// Of these, not following their neighbour in the file.
+    pub fragmented_clusters: u64,
+    /// Of these, compressed.
+    pub compressed_clusters: u64,
+    /// End of the last cluster in use, bytes.
+    pub image_end_offset: u64,
+    /// One line for each finding, in the words of `qemu-img`; at most [`MESSAGES_MAX`].
+    pub messages: Vec<String>,
+}
+
+/// Findings beyond this number are counted but not described.
+pub const MESSAGES_MAX: usize = 10_000;
+
+impl CheckReport {
+    pub(super) fn say(&mut self, text: String) {
+        if self.messages.len() < MESSAGES_MAX {
+            self.messages.push(text);
+        }
+    }
+
+    pub(super) fn corrupt(&mut self, text: String) {
+        self.corruptions += 1;
+        self.say(format!("ERROR {text}"));
+    }
+
+    /// Whether nothing is wrong any more.
+    pub fn is_clean(&self) -> bool {
+        self.leaks == 0 && self.corruptions == 0 && self.check_errors == 0
+    }
+}
+
+/// References by cluster. Clusters behind the end of the file are not counted.
+pub(super) struct References(pub(super) Vec<u32>);
+
+/// A check on its way.
+pub(super) struct Check<'a> {
+    pub(super) file: &'a dyn Store,
+    pub(super) header: Header,
+    pub(super) g: Geometry,
+    pub(super) format: EntryFormat,
+    pub(super) file_size: u64,
+    pub(super) refs: References,
+    pub(super) report: CheckReport,
+    pub(super) l1: Vec<u64>,
+    pub(super) reftable: Vec<u64>,
+}
+
+/// Checks an image, and repairs it where asked; after a repair it is checked again and the rest is reported.
+pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Error> {
+    let first = Check::walk(file).await?;
+    if fix == Repair::None {
+        return Ok(first.report);
+    }
+    let (leaks, corruptions) = (first.report.leaks, first.report.corruptions);
+    let messages = repair::run(first, fix).await?;
+    let mut again = Check::walk(file).await?.report;
+    again.leaks_fixed = leaks.saturating_sub(again.leaks);
+    again.corruptions_fixed = corruptions.saturating_sub(again.corruptions);
+    again.messages = messages.into_iter().chain(again.messages).collect();
+    Ok(again)
+}
+
+impl<'a> Check<'a> {
+    /// Counts all references and compares them with the refcounts.
+    async fn walk(file: &'a dyn Store) -> Result<Check<'a>, Error> {
+        let (header, g) = read_geometry(file).await?;
+        let file_size = file.size()?;
+        let l1 = read_table(file, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table")
+            .await?;
+        let reftable_bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
+        let reftable =
+            read_table(file, header.reftable_offset, reftable_bytes, "Could not read refcount table").await?;
+        let clusters =
+            usize::try_from(g.clusters_for(file_size)).map_err(|_| Error::invalid("Image is too big"))?;
+        let mut check = Check {
+            file,
+            format: EntryFormat::of(&header, g),
+            header,
+            g,
+            file_size,
+            refs: References(vec![0; clusters]),
+            report: CheckReport { total_clusters: 0, ..Default::default() },
+            l1,
+            reftable,
+        };
+        check.report.total_clusters = g.clusters_for(check.header.size);
+        check.count_all().await?;
+        check.compare().await?;
+        Ok(check)
+    }
+
+    async fn count_all(&mut self) -> Result<(), Error> {
+        let h = self.header.clone();
+        self.count(0, self.g.cluster_size());
+        let l1 = std::mem::take(&mut self.l1);
+        self.count_l1(h.l1_offset, &l1, true).await?;
+        self.l1 = l1;
+        let snapshots = match read_snapshots(self.file, &h).await {
+            Ok(list) => list,
+            Err(e) => {
+                self.report.corrupt(format!("snapshot table: {e}"));
+                Vec::new()
+            }
+        };
+        for s in &snapshots {
+            if let Err(e) = s.check_l1(&self.g) {
+                self.report.corrupt(format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));
+                continue;
+            }
+            let table =
+                read_table(self.file, s.l1_offset, u64::from(s.l1_size) * 8, "Could not read snapshot L1")
+                    .await?;
+            self.count_l1(s.l1_offset, &table, false).await?;
+        }
+        let table_bytes: u64 = snapshots.iter().map(|s| s.stored_len() as u64).sum();
+        self.count(h.snapshots_offset.0, table_bytes);
+        if let Some((at, len)) = h.extensions.crypto {
+            self.count(at.0, len);
+        }
+        self.count_bitmaps().await?;
+        self.count(h.reftable_offset.0, u64::from(h.reftable_clusters) << self.g.cluster_bits);
+        self.count_refblocks();
+        Ok(())
+    }
+
+    /// Adds one reference to each cluster of a byte range.
+    fn count(&mut self, at: u64, len: u64) {
+        if len == 0 {
+            return;
+        }
+        let end = at.saturating_add(len);
+        if end.saturating_sub(self.file_size) >= self.g.cluster_size() {
+            self.report.corrupt(format!(
+                "counting reference for region exceeding the end of the file by one cluster or more: offset {at:#x} size {len:#x}"
+            ));
+            return;
+        }
+        for c in at >> self.g.cluster_bits..=(end - 1) >> self.g.cluster_bits {
+            if let Some(n) = self.refs.0.get_mut(c as usize) {
+                *n = n.saturating_add(1);
+            }
+        }
+    }
+
+    async fn count_l1(&mut self, at: HostOffset, table: &[u64], active: bool) -> Result<(), Error> {
+        self.count(at.0, table.len() as u64 * 8);
+        let mut next = None;
+        for (i, &entry) in table.iter().enumerate() {
+            if entry == 0 {
+                continue;
+            }
+            if entry & L1_RESERVED != 0 {
+                self.report.corrupt(format!("found L1 entry with reserved bits set: {entry:x}"));
+            }
+            let l2 = entry & OFFSET_MASK;
+            if l2 % self.g.cluster_size() != 0 {
+                self.report.corrupt(format!(
+                    "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
+                ));
+                continue;
+            }
+            self.count(l2, self.g.cluster_size());
+            if l2 >= self.file_size {
+                continue;
+            }
+            let words = self.read_l2(HostOffset(l2)).await?;
+            self.count_l2(&words, active, &mut next);
+        }
+        Ok(())
+    }
+
+    pub(super) async fn read_l2(&self, at: HostOffset) -> Result<Vec<u64>, Error> {
+        read_table(self.file, at, self.g.cluster_size(), "Could not read L2 table").await
+    }
+
+    fn count_l2(&mut self, words: &[u64], active: bool, next: &mut Option<u64>) {
+        let step = if self.g.extended { 2 } else { 1 };
+        for entry in words.chunks_exact(step) {
+            let raw = RawEntry { word: entry[0], bitmap: entry.get(1).copied().unwrap_or(0) };
+            if raw == RawEntry::default() {
+                continue;
+            }
+            match self.format.decode(raw) {
+                Ok(e) => self.count_entry(e, active, next),
+                Err(bad) => self.bad_entry(raw, bad),
+            }
+        }
+    }
+
+    fn bad_entry(&mut self, raw: RawEntry, bad: BadEntry) {
+        let at = raw.word & OFFSET_MASK;
+        let text = match bad {
+            BadEntry::CompressedCopied => {
+                format!("coffset={at:#x}: copied flag must never be set for compressed clusters")
+            }
+            BadEntry::CompressedExternal => {
+                format!("compressed cluster with data file, entry={:#x}", raw.word)
+            }
+            BadEntry::Unaligned(at) => {
+                format!("offset={:x}: Cluster is not properly aligned; L2 entry corrupted.", at.0)
+            }
+            BadEntry::SubclusterBitmap => {
+                format!("offset={at:x}: Allocated cluster has corrupted subcluster allocation bitmap")
+            }
+            BadEntry::ZeroInV2 => format!("offset={at:x}: zero flag in a version 2 image"),
+        };
+        self.report.corrupt(text);
+        if bad == BadEntry::SubclusterBitmap && !self.format.external_data && at != 0 {
+            self.count(at, self.g.cluster_size());
+        }
+    }
+
+    fn count_entry(&mut self, e: L2Entry, active: bool, next: &mut Option<u64>) {
+        let host = match e {
+            L2Entry::Data(a) | L2Entry::Zero { kept: Some(a) } | L2Entry::Sub { host: Some(a), .. } => {
+                a.host.0
+            }
+            L2Entry::Compressed(p) => {
+                if active {
+                    self.report.allocated_clusters += 1;
+                    self.report.compressed_clusters += 1;
+                    self.report.fragmented_clusters += 1;
+                }
+                self.count(p.at.0, p.len);
+                return;
+            }
+            _ => return,
+        };
+        if active {
+            self.report.allocated_clusters += 1;
+            if next.is_some_and(|n| n != host) {
+                self.report.fragmented_clusters += 1;
+            }
+            *next = Some(host + self.g.cluster_size());
+        }
+        if !self.format.external_data {
+            self.count(host, self.g.cluster_size());
+        }
+    }
+
+    async fn count_bitmaps(&mut self) -> Result<(), Error> {
+        let Some(ext) = self.header.extensions.bitmaps else { return Ok(()) };
+        self.count(ext.directory_offset.0, ext.directory_size);
+        let list = match bitmaps::read(self.file, &ext).await {
+            Ok((_, list)) => list,
+            Err(e) => {
+                self.report.corrupt(e.message);
+                return Ok(());
+            }
+        };
+        for b in list {
+            let bytes = u64::from(b.table_size) * 8;
+            self.count(b.table_offset, bytes);
+            if b.table_offset >= self.file_size || bytes > self.file_size {
+                continue;
+            }
+            let table =
+                read_table(self.file, HostOffset(b.table_offset), bytes, "Could not read bitmap table")
+                    .await?;
+            for entry in table {
+                if entry & OFFSET_MASK != 0 {
+                    self.count(entry & OFFSET_MASK, self.g.cluster_size());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn count_refblocks(&mut self) {
+        let mut seen = HashMap::new();
+        for i in 0..self.reftable.len() {
+            let entry = self.reftable[i];
+            let at = entry & !REFTABLE_RESERVED;
+            if entry == 0 {
+                continue;
+            }
+            if entry & REFTABLE_RESERVED != 0 || at % self.g.cluster_size() != 0 {
+                self.report.corrupt(format!(
+                    "refcount block {i} is not cluster aligned; refcount table entry corrupted"
+                ));
+                self.reftable[i] = 0;
+            } else if at >= self.file_size {
+                self.report.corrupt(format!("refcount block {i} is outside image"));
+                self.reftable[i] = 0;
+            } else if seen.insert(at, i).is_some() {
+                self.report.corrupt(format!("refcount block {i} refcount=2"));
+                self.reftable[i] = 0;
+            } else {
+                self.count(at, self.g.cluster_size());
+            }
+        }
+    }
+
+    /// The refcount block `i`, if it can be read.
+    pub(super) async fn refblock(&self, i: usize) -> Result<Option<Buf>, Error> {
+        let at = self.reftable.get(i).copied().unwrap_or(0);
+        if at == 0 {
+            return Ok(None);
+        }
+        let (result, bytes) = self.file.read(at, Buf::new(self.g.cluster_size() as usize)).await;
+        result.map_err(|e| Error::io(e, "Could not read refcount block"))?;
+        Ok(Some(bytes))
+    }
+
+    async fn compare(&mut self) -> Result<(), Error> {
+        let per = self.g.refblock_entries() as usize;
+        let mut stored = Vec::with_capacity(self.refs.0.len());
+        for i in 0..self.refs.0.len().div_ceil(per) {
+            let block = self.refblock(i).await?;
+            for c in i * per..((i + 1) * per).min(self.refs.0.len()) {
+                let have = block.as_ref().and_then(|b| {
+                    refcount::get(b, self.g.refcount_order, self.g.in_block(HostCluster(c as u64)))
+                });
+                stored.push(have.unwrap_or(0));
+            }
+        }
+        for (c, &have) in stored.iter().enumerate() {
+            let want = u64::from(self.refs.0[c]);
+            if have > 0 || want > 0 {
+                self.report.image_end_offset = (c as u64 + 1) << self.g.cluster_bits;
+            }
+            if have > want {
+                self.report.leaks += 1;
+                self.report.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
+            } else if have < want {
+                self.report.corrupt(format!("cluster {c} refcount={have} reference={want}"));
+            }
+        }
+        self.compare_copied(&stored).await
+    }
+
+    /// The COPIED flags of the active tables must say which refcounts are 1.
+    async fn compare_copied(&mut self, stored: &[u64]) -> Result<(), Error> {
+        let refcount = |at: u64| stored.get((at >> self.g.cluster_bits) as usize).copied().unwrap_or(0);
+        let mut wrong = Vec::new();
+        for (i, &entry) in self.l1.iter().enumerate() {
+            let l2 = entry & OFFSET_MASK;
+            if l2 == 0 || l2 % self.g.cluster_size() != 0 || l2 >= self.file_size {
+                continue;
+            }
+            let n = refcount(l2);
+            if (n == 1) != (entry & COPIED != 0) {
+                wrong.push(format!("OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}"));
+            }
+            if self.format.external_data {
+                continue;
+            }
+            let words = self.read_l2(HostOffset(l2)).await?;
+            for word in words.iter().step_by(if self.g.extended { 2 } else { 1 }) {
+                if let Some(at) = copied_matters(*word) {
+                    let n = refcount(at);
+                    if (n == 1) != (word & COPIED != 0) {
+                        wrong.push(format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}"));
+                    }
+                }
+                if wrong.len() > MESSAGES_MAX {
+                    break;
+                }
+            }
+        }
+        wrong.into_iter().for_each(|text| self.report.corrupt(text));
+        Ok(())
+    }
+}
+
+/// The host cluster of an L2 entry whose COPIED flag has a meaning.
+pub(super) fn copied_matters(word: u64) -> Option<u64> {
+    let at = word & OFFSET_MASK;
+    (word & super::entry::COMPRESSED == 0 && at != 0).then_some(at)
+}
+
+fn text(raw: &[u8]) -> String {
+    String::from_utf8_lossy(raw).into_owned()
+}

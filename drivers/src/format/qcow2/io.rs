@@ -1,0 +1,83 @@
+//! What the owner of an image needs from the world: its files, and a few services of the core.
+//!
+//! Behind the two traits are the engine's child edges and core in use, and plain memory in tests.
+//!
+//! ```text
+//! owner ──► Store: read, write, zero, discard, flush   (file, or external data file)
+//!       └─► Runtime: tick, spawn                       (epoch barrier, background tasks)
+//! ```
+
+use ringblock_engine::Errno;
+use ringblock_engine::driver::{Flags, LocalFuture, Preallocation};
+use ringblock_engine::mem::Buf;
+use ringblock_engine::path::Child;
+
+/// A file below the image. Any offset and length; reads past the end give zeroes; writes extend it.
+pub(super) trait Store {
+    /// Fills the buffer from `off`.
+    fn read(&self, off: u64, buf: Buf) -> LocalFuture<'_, (Result<(), Errno>, Buf)>;
+    /// Writes the buffer at `off`.
+    fn write(&self, off: u64, buf: Buf) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Makes a range read as zeroes; `unmap` allows giving the space back.
+    fn zero(&self, off: u64, len: u64, unmap: bool) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Advice that a range is not needed.
+    fn discard(&self, off: u64, len: u64) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Completed writes become durable.
+    fn flush(&self) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Current length in bytes.
+    fn size(&self) -> Result<u64, Errno>;
+    /// Changes the length.
+    fn truncate(&self, size: u64) -> LocalFuture<'_, Result<(), Errno>>;
+}
+
+impl Store for Child {
+    fn read(&self, off: u64, buf: Buf) -> LocalFuture<'_, (Result<(), Errno>, Buf)> {
+        Box::pin(Child::read(self, off, buf))
+    }
+
+    fn write(&self, off: u64, buf: Buf) -> LocalFuture<'_, Result<(), Errno>> {
+        Box::pin(async move { Child::write(self, off, buf, Flags::NONE).await.0 })
+    }
+
+    fn zero(&self, off: u64, len: u64, unmap: bool) -> LocalFuture<'_, Result<(), Errno>> {
+        let flags = Flags { may_unmap: unmap, ..Flags::NONE };
+        Box::pin(self.write_zeroes(off, len, flags))
+    }
+
+    fn discard(&self, off: u64, len: u64) -> LocalFuture<'_, Result<(), Errno>> {
+        Box::pin(Child::discard(self, off, len))
+    }
+
+    fn flush(&self) -> LocalFuture<'_, Result<(), Errno>> {
+        Box::pin(Child::flush(self))
+    }
+
+    fn size(&self) -> Result<u64, Errno> {
+        Child::size(self)
+    }
+
+    fn truncate(&self, size: u64) -> LocalFuture<'_, Result<(), Errno>> {
+        Box::pin(async move { Child::truncate(self, size, Preallocation::Off).await.map_err(|e| e.errno) })
+    }
+}
+
+/// Services of the core the owner lives on.
+pub(super) trait Runtime {
+    /// Waits until every data transfer that any core started before has completed (the epoch barrier).
+    fn tick(&self) -> LocalFuture<'_, ()>;
+    /// Runs a task in the background.
+    fn spawn(&self, task: LocalFuture<'static, ()>);
+}
+
+/// The engine's core.
+pub(super) struct EngineRuntime;
+
+impl Runtime for EngineRuntime {
+    fn tick(&self) -> LocalFuture<'_, ()> {
+        Box::pin(ringblock_engine::epoch::tick())
+    }
+
+    fn spawn(&self, task: LocalFuture<'static, ()>) {
+        ringblock_engine::core::Core::current().spawn(task);
+    }
+}
