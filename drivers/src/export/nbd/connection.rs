@@ -119,13 +119,24 @@ impl Input {
     }
 }
 
+/// What the option phase ends with.
+pub(super) struct Entered<B> {
+    pub(super) negotiated: Negotiated,
+    pub(super) input: Input,
+    pub(super) bound: B,
+}
+
 /// Runs the option phase within `limit_ns` (0: no limit). `None` if it led nowhere.
-pub(super) async fn negotiate(
+///
+/// `bind` ties the client to the export it chose, before the client hears that it may go: whoever was let in
+/// is counted. It is not let in where that fails.
+pub(super) async fn negotiate<B>(
     stream: &Socket,
     catalogue: &dyn Catalogue,
     limit_ns: u64,
-) -> Option<(Negotiated, Input)> {
-    let mut work = pin!(options(stream, catalogue));
+    bind: impl Fn(&str) -> Option<B>,
+) -> Option<Entered<B>> {
+    let mut work = pin!(options(stream, catalogue, bind));
     let mut late = pin!(Sleep::ns(if limit_ns == 0 { u64::MAX } else { limit_ns }));
     let mut shut = false;
     std::future::poll_fn(|cx| {
@@ -142,18 +153,20 @@ pub(super) async fn negotiate(
     .await
 }
 
-async fn options(stream: &Socket, catalogue: &dyn Catalogue) -> Result<(Negotiated, Input), Over> {
+async fn options<B>(
+    stream: &Socket,
+    catalogue: &dyn Catalogue,
+    bind: impl Fn(&str) -> Option<B>,
+) -> Result<Entered<B>, Over> {
     let mut handshake = Handshake::new();
     let mut input = Input::new(stream.clone());
-    let mut out = Handshake::greeting().to_vec();
     let mut batch: Box<SendBatch> = Box::default();
+    let mut out = Handshake::greeting().to_vec();
+    let mut step = Step::More;
     loop {
-        let step = if out.len() == 18 && input.end == 0 {
-            Step::More
-        } else {
-            let (used, step) = handshake.step(input.bytes(), catalogue, &mut out);
-            input.used(used);
-            step
+        let bound = match &step {
+            Step::Enter(negotiated) => Some(bind(&negotiated.export.name).ok_or(Over)?),
+            _ => None,
         };
         let flush = step != Step::Again || out.len() > RECEIVE;
         if flush && !out.is_empty() {
@@ -164,12 +177,17 @@ async fn options(stream: &Socket, catalogue: &dyn Catalogue) -> Result<(Negotiat
             (sent, batch) = stream.send(batch).await;
             sent.map_err(|_| Over)?;
         }
-        match step {
-            Step::Again => {}
-            Step::More => input.more(RECEIVE).await?,
-            Step::Close => return Err(Over),
-            Step::Enter(negotiated) => return Ok((*negotiated, input)),
+        match (step, bound) {
+            (Step::Enter(negotiated), Some(bound)) => {
+                return Ok(Entered { negotiated: *negotiated, input, bound });
+            }
+            (Step::Enter(_) | Step::Close, _) => return Err(Over),
+            (Step::More, _) => input.more(RECEIVE).await?,
+            (Step::Again, _) => {}
         }
+        let used;
+        (used, step) = handshake.step(input.bytes(), catalogue, &mut out);
+        input.used(used);
     }
 }
 

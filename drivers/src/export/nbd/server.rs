@@ -28,7 +28,7 @@ use ringblock_engine::sync::{Receiver, Sender, oneshot};
 use ringblock_engine::timer::Sleep;
 use ringblock_engine::{Engine, Errno, Error};
 
-use super::connection;
+use super::connection::{self, Entered};
 use super::export::{Gone, NbdExport, NbdExportOptions};
 use super::handshake::{Catalogue, ExportInfo};
 use super::transmission::Session;
@@ -356,14 +356,16 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
+        let export = self.shared.conns().live.get_mut(&self.id).and_then(|c| c.export.take());
+        // First out of the export, then out of the table: who sees no clients finds no export in use.
+        if let Some(export) = export {
+            export.unbind();
+        }
         let mut conns = self.shared.conns();
-        let conn = conns.live.remove(&self.id);
+        conns.live.remove(&self.id);
         conns.room.drain(..).for_each(Waker::wake);
         let empty = if conns.live.is_empty() { std::mem::take(&mut conns.empty) } else { Vec::new() };
         drop(conns);
-        if let Some(export) = conn.and_then(|c| c.export) {
-            export.unbind();
-        }
         empty.into_iter().for_each(|e| e.send(()));
     }
 }
@@ -401,12 +403,8 @@ async fn accept(shared: Arc<Shared>, listener: OwnedFd) {
 async fn client(place: Place, stream: Socket) {
     let shared: Arc<Shared> = place.shared.clone();
     let limit = u64::from(shared.config.handshake_seconds) * 1_000_000_000;
-    let Some((negotiated, input)) = connection::negotiate(&stream, &*shared, limit).await else {
-        return;
-    };
-    let Some(export) = place.bind(&negotiated.export.name) else {
-        return;
-    };
+    let entered = connection::negotiate(&stream, &*shared, limit, |name| place.bind(name)).await;
+    let Some(Entered { negotiated, input, bound: export }) = entered else { return };
     let session = Session::new(&negotiated);
     let client = connection::client(stream, export.root(), export.writethrough());
     connection::transmit(client, session, input).await;
