@@ -1,2 +1,58 @@
-//! The Ringblock program.
-fn main() {}
+//! The Ringblock program: `ringblock serve`, and under the name of `qemu-storage-daemon` that.
+
+use ringblock::cli::{self, Flavour, Parsed};
+use ringblock::daemon;
+use std::ffi::OsString;
+use std::path::Path;
+use std::process::ExitCode;
+
+const USAGE: &str = "\
+Usage: ringblock COMMAND [ARGUMENT]...
+
+  serve    serve a disk over NBD (serve --help tells more)
+
+  -h, --help       this text
+  -V, --version    the version
+";
+
+fn main() -> ExitCode {
+    let mut args = std::env::args_os();
+    let called = args.next().unwrap_or_default();
+    let name = Path::new(&called).file_name().unwrap_or_default().to_string_lossy().into_owned();
+    if name == "qemu-storage-daemon" {
+        return serve(&name, Flavour::StorageDaemon, args);
+    }
+    let command = args.next().unwrap_or_default();
+    match command.to_string_lossy().as_ref() {
+        "serve" => serve("ringblock", Flavour::Serve, args),
+        "-h" | "--help" | "help" => print(USAGE),
+        "-V" | "--version" => print(concat!("ringblock ", env!("CARGO_PKG_VERSION"), "\n")),
+        "" => {
+            eprint!("{USAGE}");
+            ExitCode::FAILURE
+        }
+        other => {
+            eprintln!("ringblock: unknown command '{other}'\n\n{USAGE}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn print(text: &str) -> ExitCode {
+    use std::io::Write;
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
+    }
+}
+
+fn serve(program: &str, flavour: Flavour, args: impl Iterator<Item = OsString>) -> ExitCode {
+    match cli::parse(flavour, args) {
+        Ok(Parsed::Serve(serve)) => daemon::run(program, &serve),
+        Ok(Parsed::Print(text)) => print(&text),
+        Err(e) => {
+            eprintln!("{program}: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 pub mod export;
 pub mod format;
+pub mod image;
 pub mod open;
 mod open_qcow2;
 pub mod options;

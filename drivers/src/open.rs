@@ -92,7 +92,7 @@ pub fn common(base: &BlockdevOptionsBase, inherited: Common) -> Result<Common, E
     Ok(common)
 }
 
-fn spec(options: BlockdevOptions, common: Common, how: How) -> Result<NodeSpec, Error> {
+pub(crate) fn spec(options: BlockdevOptions, common: Common, how: How) -> Result<NodeSpec, Error> {
     let open = open_fn(&options, &common, how)?;
     Ok(NodeSpec {
         name: options.base.node_name.clone(),
@@ -103,7 +103,7 @@ fn spec(options: BlockdevOptions, common: Common, how: How) -> Result<NodeSpec, 
     })
 }
 
-fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
+pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
     match &options.driver {
         BlockdevDriver::File(o) => file(o, common, false),
         BlockdevDriver::HostDevice(o) => file(o, common, true),

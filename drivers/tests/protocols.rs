@@ -1,7 +1,8 @@
 //! The protocol drivers and `raw` on a running engine, with real files.
 
+use ringblock_drivers::image;
 use ringblock_drivers::open::{self, How};
-use ringblock_drivers::options::{blockdev::BlockdevOptions, from_json};
+use ringblock_drivers::options::{blockdev::BlockdevOptions, blockdev::BlockdevOptionsBase, from_json};
 use ringblock_drivers::protocol::file;
 use ringblock_engine::driver::{Flags, LocalFuture, Preallocation, perm};
 use ringblock_engine::error::{Errno, Error};
@@ -474,4 +475,31 @@ fn reopen_nodes() {
         (&bytes[..4], &bytes[4096..4102], &bytes[8192..8197]),
         (&b"page"[..], &b"direct"[..], &b"again"[..])
     );
+}
+
+/// Goal: an image named by its path alone opens as what it is, and a guess is known to be one.
+#[test]
+fn images_by_path() {
+    let t = Folder::new();
+    let raw = t.file("raw", 100);
+    let q = t.file("q", 0);
+    std::fs::write(&q, b"QFI\xfb\0\0\0\x03").unwrap();
+    let gone = t.0.join("gone");
+    on_engine(move || {
+        Box::pin(async move {
+            let text = |p: &Path| p.to_string_lossy().into_owned();
+            let base = BlockdevOptionsBase { node_name: Some("n".into()), ..Default::default() };
+            let (o, how) = image::options(&text(&raw), None, base.clone()).await.unwrap();
+            assert!(how.probed && o.driver.as_str() == "raw");
+            Graph::current().add(open::node_with(o, how).unwrap()).await.unwrap();
+            let root = attach("n", RW, perm::ALL).await.unwrap();
+            assert_eq!(write(&root, 0, b"QED\0").await, Err(Errno::EPERM));
+            let (o, how) = image::options(&text(&q), None, base.clone()).await.unwrap();
+            assert!(how.probed && o.driver.as_str() == "qcow2");
+            let (o, how) = image::options(&text(&q), Some("raw"), base.clone()).await.unwrap();
+            assert!(!how.probed && o.driver.as_str() == "raw");
+            let e = image::options(&text(&gone), None, base).await.unwrap_err();
+            assert_eq!(e.message, format!("Could not open '{}': No such file or directory", gone.display()));
+        })
+    });
 }

@@ -130,6 +130,8 @@ pub struct Simple {
 pub struct Serve {
     /// The simple form, if no step is given.
     pub simple: Simple,
+    /// Whether the simple form is meant: no step is given, and the program was not called as a storage daemon.
+    pub simple_form: bool,
     /// What to do, in order.
     pub steps: Vec<Step>,
     /// Where the process number is written.
@@ -186,6 +188,7 @@ pub fn parse(flavour: Flavour, args: impl IntoIterator<Item = OsString>) -> Resu
         }
     }
     check(&serve)?;
+    serve.simple_form = flavour == Flavour::Serve && serve.steps.is_empty();
     Ok(Parsed::Serve(Box::new(serve)))
 }
 
@@ -390,7 +393,8 @@ mod tests {
         let s = read(Flavour::Serve, &["-f", "raw", "disk.img", "--cores=2", "-r", "--data", "d"]).unwrap();
         assert_eq!((s.cores, s.simple.read_only), (2, true));
         assert_eq!(s.simple.image, Some("disk.img".into()));
-        assert_eq!(read(Flavour::Serve, &[]).unwrap(), Serve::default());
+        let plain = Serve { simple_form: true, ..Serve::default() };
+        assert_eq!(read(Flavour::Serve, &[]).unwrap(), plain);
     }
 
     /// Goal: help exists for the program and for each option. Method: ask.

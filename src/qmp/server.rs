@@ -171,13 +171,13 @@ impl<C: Send + Sync + 'static> Server<C> {
 }
 
 /// A listening socket of either kind.
-enum Acceptor {
+pub(crate) enum Acceptor {
     Unix(UnixListener),
     Tcp(TcpListener),
 }
 
 impl Acceptor {
-    fn new(socket: OwnedFd) -> Acceptor {
+    pub(crate) fn new(socket: OwnedFd) -> Acceptor {
         let unix = UnixListener::from(socket);
         match unix.local_addr() {
             Ok(_) => Acceptor::Unix(unix),
@@ -186,7 +186,7 @@ impl Acceptor {
     }
 
     /// Only read, written and shut down from here on, which works alike for TCP.
-    fn accept(&self) -> std::io::Result<UnixStream> {
+    pub(crate) fn accept(&self) -> std::io::Result<UnixStream> {
         match self {
             Acceptor::Unix(l) => l.accept().map(|(s, _)| s),
             Acceptor::Tcp(l) => l.accept().map(|(s, _)| UnixStream::from(OwnedFd::from(s))),

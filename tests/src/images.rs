@@ -85,11 +85,30 @@ impl Recipe {
             }
             Base::DataFile(raw) => {
                 let raw = if raw { "on" } else { "off" };
-                options = format!("{options},data_file={}.data,data_file_raw={raw}", self.name);
+                // A full name: QEMU looks for a relative one from the current directory, not from the image's.
+                options = format!("{options},data_file={},data_file_raw={raw}", self.data_file(dir));
             }
         }
         cmd.arg("-o").arg(options).arg(&name).arg(content.size().to_string()).ok();
         dir.file(&name)
+    }
+
+    /// The external data file's path, used only by recipes that have one.
+    pub fn data_file(&self, dir: &TestDir) -> String {
+        dir.file(&format!("{}.data", self.name))
+    }
+
+    /// The node `q` for the image of this recipe, its data file named: a daemon opens no file that only the
+    /// image names.
+    pub fn node(&self, dir: &TestDir, image: &str) -> String {
+        let mut options = format!(
+            "driver=qcow2,node-name=q,discard=unmap,file.driver=file,file.discard=unmap,file.filename={image}"
+        );
+        if let Base::DataFile(_) = self.base {
+            let data = self.data_file(dir);
+            options += &format!(",data-file.driver=file,data-file.discard=unmap,data-file.filename={data}");
+        }
+        options
     }
 
     /// Makes the backing chain below the image with the peer's tools, with content in every layer. Returns

@@ -31,8 +31,34 @@ pub mod normal;
 pub mod qmp;
 pub mod rng;
 pub mod tools;
+pub mod twins;
 
 pub use daemon::Daemon;
 pub use dir::TestDir;
 pub use rng::Rng;
 pub use tools::{Cmd, Output};
+pub use twins::Twins;
+
+/// The path of a file of this repository, as a string for command lines.
+pub fn workspace_file(name: &str) -> String {
+    tools::workspace().join(name).to_string_lossy().into_owned()
+}
+
+/// A TCP port on the loopback interface that was free a moment ago.
+///
+/// # Panics
+/// If there is none.
+pub fn free_port() -> u16 {
+    let socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a free port");
+    socket.local_addr().expect("it is bound").port()
+}
+
+/// Runs `test` for every case, to the last even if some fail.
+///
+/// # Panics
+/// At the end, with the cases that failed (their own messages were printed as they failed).
+pub fn for_all<T: std::fmt::Debug>(cases: &[T], test: impl Fn(&T)) {
+    let fails = |case: &&T| std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| test(case))).is_err();
+    let failed: Vec<&T> = cases.iter().filter(fails).collect();
+    assert!(failed.is_empty(), "{} of {} cases failed: {failed:?}", failed.len(), cases.len());
+}

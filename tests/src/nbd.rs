@@ -81,6 +81,12 @@ impl Nbd {
         Ok(Self { stream, size, flags, cookie: 0 })
     }
 
+    /// Gives up on a send or a receive that takes longer than `limit` (60 s unless told).
+    pub fn patience(&self, limit: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(limit))?;
+        self.stream.set_write_timeout(Some(limit))
+    }
+
     /// Sends a request and returns its cookie; `data` is the payload of a write.
     pub fn submit(&mut self, cmd: u16, flags: u16, offset: u64, len: u32, data: &[u8]) -> io::Result<u64> {
         self.cookie += 1;

@@ -245,6 +245,12 @@ pub fn qmp_python() -> Cmd {
     Cmd::exact(&python.to_string_lossy())
 }
 
+/// The folder of that python, for a `PATH`.
+pub fn qmp_python_folder() -> String {
+    let python = qmp_python().words.swap_remove(0);
+    Path::new(&python).parent().unwrap_or(Path::new("")).to_string_lossy().into_owned()
+}
+
 /// True if the variable that replaces this program by a stand-in is unset.
 pub fn is_product(variable: &str) -> bool {
     std::env::var_os(variable).is_none()

@@ -55,7 +55,7 @@ macro_rules! qapi {
         $( $(#[doc = $vdoc:literal])* $var:ident = $wire:literal ),* $(,)?
     } $($rest:tt)* ) => {
         $(#[doc = $doc])*
-        #[allow(unreachable_pub)]
+        #[allow(unreachable_pub, clippy::enum_variant_names)]
         #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
         pub enum $name { $( $(#[doc = $vdoc])* $var, )* }
 
@@ -98,7 +98,7 @@ macro_rules! qapi {
         $( $(#[doc = $mdoc:literal])* $field:ident : $ty:ty = $wire:literal $([$($feature:literal),*])? ),* $(,)?
     } $($rest:tt)* ) => {
         $(#[doc = $doc])*
-        #[allow(unreachable_pub)]
+        #[allow(unreachable_pub, clippy::enum_variant_names)]
         #[derive(Clone, PartialEq, Debug $($(, $derive)+)?)]
         pub struct $name {
             $( #[doc = "Members shared with others."] pub base: $base, )?
@@ -167,7 +167,7 @@ macro_rules! qapi {
         $( $(#[doc = $vdoc:literal])* $var:ident($ty:ty) = $wire:literal ),* $(,)?
     } $($rest:tt)* ) => {
         $(#[doc = $doc])*
-        #[allow(unreachable_pub)]
+        #[allow(unreachable_pub, clippy::enum_variant_names)]
         #[derive(Clone, PartialEq, Debug)]
         pub struct $name {
             /// What all branches have.
@@ -177,7 +177,7 @@ macro_rules! qapi {
         }
 
         #[doc = concat!("The branches of [`", stringify!($name), "`].")]
-        #[allow(unreachable_pub)]
+        #[allow(unreachable_pub, clippy::enum_variant_names)]
         #[derive(Clone, PartialEq, Debug)]
         pub enum $words { $( $(#[doc = $vdoc])* $var($ty), )* }
 
@@ -258,7 +258,7 @@ macro_rules! qapi {
         $( $(#[doc = $vdoc:literal])* $var:ident($ty:ty) ),* $(,)?
     } $($rest:tt)* ) => {
         $(#[doc = $doc])*
-        #[allow(unreachable_pub)]
+        #[allow(unreachable_pub, clippy::enum_variant_names)]
         #[derive(Clone, PartialEq, Debug)]
         pub enum $name { $( $(#[doc = $vdoc])* $var($ty), )* }
 

@@ -26,7 +26,7 @@ struct User {
 
 impl State {
     /// What an edge of role `role` asks of the child, given what the parent's own users ask of the parent.
-    fn edge(&self, parent: &Node, role: Role, (perm, shared): (u8, u8)) -> (u8, u8) {
+    pub(super) fn edge(&self, parent: &Node, role: Role, (perm, shared): (u8, u8)) -> (u8, u8) {
         let writable = !parent.flags.read_only;
         match role {
             Role::Filtered => (perm, shared),

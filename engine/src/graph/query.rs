@@ -17,6 +17,8 @@ pub struct EdgeInfo {
     pub node: NodeId,
     /// The child's name.
     pub child: String,
+    /// Permissions used and shared.
+    pub perms: (u8, u8),
 }
 
 /// One node.
@@ -85,7 +87,10 @@ impl Graph {
             monitor: n.monitor,
             perms: state.cumulated(*id),
             edges: (n.edges.iter())
-                .filter_map(|e| e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node) }))
+                .filter_map(|e| {
+                    let perms = state.edge(n, e.role, state.cumulated(*id));
+                    e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node), perms })
+                })
                 .collect(),
         });
         let root = |(id, r): (&RootId, &super::RootNode)| RootInfo {

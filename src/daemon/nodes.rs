@@ -1,0 +1,117 @@
+//! Commands that change the graph: blockdev-add, -del, -reopen, block_resize.
+
+use super::Daemon;
+use crate::qmp::dispatch::{Call, Registry};
+use crate::{Errno, Error};
+use ringblock_drivers::open;
+use ringblock_drivers::options::Qapi;
+use ringblock_drivers::options::Value;
+use ringblock_drivers::options::blockdev::BlockdevOptions;
+use ringblock_drivers::options::types::Empty;
+use ringblock_engine::graph::{Common, EdgeInfo, GraphInfo, Reopen};
+use std::sync::Arc;
+
+ringblock_drivers::qapi! {
+    /// Arguments of blockdev-del.
+    struct BlockdevDelArgs {
+        /// The node.
+        node_name: String = "node-name",
+    }
+
+    /// Arguments of blockdev-reopen.
+    struct BlockdevReopenArgs {
+        /// Each node's new options, all of them: what is left out is at its default.
+        options: Vec<BlockdevOptions> = "options",
+    }
+
+    /// Arguments of block_resize.
+    struct BlockResizeArgs {
+        /// The node, in an older form.
+        device: Option<String> = "device",
+        /// The node.
+        node_name: Option<String> = "node-name",
+        /// The new size in bytes.
+        size: i64 = "size",
+    }
+}
+
+type DaemonCall<'a> = Call<'a, Daemon>;
+
+/// Adds the commands.
+pub(super) fn register(registry: &mut Registry<Daemon>) {
+    registry.command("blockdev-add", |call: &DaemonCall<'_>, options: BlockdevOptions| {
+        call.context.blockdev_add(options).map(|()| Empty {})
+    });
+    registry.command("blockdev-del", |call: &DaemonCall<'_>, args: BlockdevDelArgs| {
+        call.context.storage()?.del(&args.node_name).map(|()| Empty {})
+    });
+    registry.command("blockdev-reopen", |call: &DaemonCall<'_>, args: BlockdevReopenArgs| {
+        call.context.blockdev_reopen(args.options).map(|()| Empty {})
+    });
+    registry.command("block_resize", |call: &DaemonCall<'_>, args: BlockResizeArgs| {
+        let name = args.node_name.or(args.device).unwrap_or_default();
+        let size = u64::try_from(args.size)
+            .map_err(|_| Error::invalid("Parameter 'size' expects a size that is not negative"))?;
+        call.context.storage()?.resize(&name, size).map(|()| Empty {})
+    });
+}
+
+impl Daemon {
+    /// Opens a node and the nodes in its options.
+    pub fn blockdev_add(&self, options: BlockdevOptions) -> Result<(), Error> {
+        if options.node_name().is_none() {
+            return Err(Error::invalid("'node-name' must be specified for the root node"));
+        }
+        self.storage()?.add(options).map(drop)
+    }
+
+    fn blockdev_reopen(&self, list: Vec<BlockdevOptions>) -> Result<(), Error> {
+        let storage = self.storage()?;
+        let graph = storage.info();
+        let items = list.into_iter().map(|o| reopen_item(&graph, o)).collect::<Result<Vec<_>, _>>()?;
+        storage.on_graph(move |graph| Box::pin(async move { graph.reopen(items).await }))
+    }
+}
+
+fn reopen_item(graph: &GraphInfo, options: BlockdevOptions) -> Result<Reopen, Error> {
+    let Some(name) = options.base.node_name.clone() else {
+        return Err(Error::invalid("node-name not specified"));
+    };
+    let missing = || Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{name}'"));
+    let node = graph.nodes.iter().find(|n| n.name == name).ok_or_else(missing)?;
+    if let Some(old) = node.config.downcast_ref::<BlockdevOptions>() {
+        check_fixed(old, &options, &node.edges)?;
+    }
+    let common = open::common(&options.base, Common::default())?;
+    Ok(Reopen { name, flags: common.flags(), common, config: Arc::new(options) })
+}
+
+/// Refuses changes of what a node cannot change while it is open: its driver, its file, its children.
+fn check_fixed(old: &BlockdevOptions, new: &BlockdevOptions, edges: &[EdgeInfo]) -> Result<(), Error> {
+    let cannot = |what: &str| Error::invalid(format!("Cannot change the option '{what}'"));
+    if old.driver.as_str() != new.driver.as_str() {
+        return Err(cannot("driver"));
+    }
+    let (old, new) = (old.write(), new.write());
+    for key in ["filename", "locking", "size", "latency-ns", "read-zeroes"] {
+        // Raw windows may move; the driver has its say about that.
+        if old["driver"] != "raw" && old.get(key) != new.get(key) {
+            return Err(cannot(key));
+        }
+    }
+    for key in ["file", "data-file", "backing"] {
+        same_child(key, old.get(key), new.get(key), edges)?;
+    }
+    Ok(())
+}
+
+/// A child may be given as it was given before, or by the name that it has now.
+fn same_child(key: &str, old: Option<&Value>, new: Option<&Value>, edges: &[EdgeInfo]) -> Result<(), Error> {
+    let now = edges.iter().find(|e| e.name == key);
+    let same = match new {
+        Some(Value::String(name)) => now.is_some_and(|e| e.child == *name),
+        Some(Value::Null) => now.is_none(),
+        other => other == old,
+    };
+    if same { Ok(()) } else { Err(Error::invalid(format!("Cannot change the option '{key}'"))) }
+}

@@ -1,0 +1,406 @@
+//! Queries: nodes with their images, counters, the graph itself.
+
+use super::Daemon;
+use crate::Error;
+use crate::qmp::dispatch::{Call, Registry};
+use ringblock_drivers::options::types::{BlockdevDetectZeroesOptions, Empty};
+use ringblock_engine::driver::perm;
+use ringblock_engine::graph::{DetectZeroes, GraphInfo, NodeId, NodeInfo};
+use ringblock_engine::path::{OpClass, Snapshot};
+use std::collections::BTreeMap;
+use std::os::unix::fs::MetadataExt;
+
+ringblock_drivers::qapi! {
+    /// A device of a guest; this program has none.
+    struct BlockInfo {
+        /// Its name.
+        device: String = "device",
+    }
+
+    /// Arguments of query-named-block-nodes.
+    struct QueryNamedBlockNodesArgs: Default {
+        /// Whether backing images are left out of the images above them (default: off).
+        flat: Option<bool> = "flat",
+    }
+
+    /// Arguments of query-blockstats.
+    struct QueryBlockstatsArgs: Default {
+        /// Whether nodes are listed and not devices of guests (default: off).
+        query_nodes: Option<bool> = "query-nodes",
+    }
+
+    /// Use of the page cache.
+    struct BlockdevCacheInfo {
+        /// Whether writes may be held in memory until a flush.
+        writeback: bool = "writeback",
+        /// Whether the host's page cache is passed by.
+        direct: bool = "direct",
+        /// Whether flushes are ignored.
+        no_flush: bool = "no-flush",
+    }
+
+    /// An image.
+    struct ImageInfo {
+        /// Its file name.
+        filename: String = "filename",
+        /// Its format.
+        format: String = "format",
+        /// Size that a client sees, in bytes.
+        virtual_size: i64 = "virtual-size",
+        /// Space that it takes on the host, in bytes.
+        actual_size: Option<i64> = "actual-size",
+        /// Cluster size in bytes.
+        cluster_size: Option<i64> = "cluster-size",
+        /// File name of the image below.
+        backing_filename: Option<String> = "backing-filename",
+        /// The same with its folder.
+        full_backing_filename: Option<String> = "full-backing-filename",
+        /// Format of the image below.
+        backing_filename_format: Option<String> = "backing-filename-format",
+        /// The image below.
+        backing_image: Option<Box<ImageInfo>> = "backing-image",
+    }
+
+    /// A node.
+    struct BlockDeviceInfo {
+        /// Its file name.
+        file: String = "file",
+        /// Its name.
+        node_name: Option<String> = "node-name",
+        /// Whether it refuses writes.
+        ro: bool = "ro",
+        /// Its driver.
+        drv: String = "drv",
+        /// File name of the image below.
+        backing_file: Option<String> = "backing_file",
+        /// How many images are below.
+        backing_file_depth: i64 = "backing_file_depth",
+        /// Whether it is encrypted.
+        encrypted: bool = "encrypted",
+        /// Whether it is in use here (always).
+        active: bool = "active",
+        /// Whether writes of zeroes are found.
+        detect_zeroes: BlockdevDetectZeroesOptions = "detect_zeroes",
+        /// Limit of bytes per second (0: none).
+        bps: i64 = "bps",
+        /// Limit of bytes read per second.
+        bps_rd: i64 = "bps_rd",
+        /// Limit of bytes written per second.
+        bps_wr: i64 = "bps_wr",
+        /// Limit of requests per second.
+        iops: i64 = "iops",
+        /// Limit of reads per second.
+        iops_rd: i64 = "iops_rd",
+        /// Limit of writes per second.
+        iops_wr: i64 = "iops_wr",
+        /// The image.
+        image: ImageInfo = "image",
+        /// Use of the page cache.
+        cache: BlockdevCacheInfo = "cache",
+        /// Offset that a write must pass to be told of (0: none).
+        write_threshold: i64 = "write_threshold",
+    }
+
+    /// Counters.
+    struct BlockDeviceStats: Default {
+        /// Bytes read.
+        rd_bytes: i64 = "rd_bytes",
+        /// Bytes written.
+        wr_bytes: i64 = "wr_bytes",
+        /// Bytes discarded or zeroed.
+        unmap_bytes: i64 = "unmap_bytes",
+        /// Reads.
+        rd_operations: i64 = "rd_operations",
+        /// Writes.
+        wr_operations: i64 = "wr_operations",
+        /// Flushes.
+        flush_operations: i64 = "flush_operations",
+        /// Discards and zero writes.
+        unmap_operations: i64 = "unmap_operations",
+        /// Time in reads, in ns.
+        rd_total_time_ns: i64 = "rd_total_time_ns",
+        /// Time in writes, in ns.
+        wr_total_time_ns: i64 = "wr_total_time_ns",
+        /// Time in flushes, in ns.
+        flush_total_time_ns: i64 = "flush_total_time_ns",
+        /// Time in discards and zero writes, in ns.
+        unmap_total_time_ns: i64 = "unmap_total_time_ns",
+        /// Reads that failed.
+        failed_rd_operations: i64 = "failed_rd_operations",
+        /// Writes that failed.
+        failed_wr_operations: i64 = "failed_wr_operations",
+        /// Flushes that failed.
+        failed_flush_operations: i64 = "failed_flush_operations",
+        /// Discards and zero writes that failed.
+        failed_unmap_operations: i64 = "failed_unmap_operations",
+        /// Whether failed requests count in the other counters.
+        account_failed: bool = "account_failed",
+        /// Whether refused requests count in the other counters.
+        account_invalid: bool = "account_invalid",
+    }
+
+    /// A node's counters: those of all its users together.
+    struct BlockStats {
+        /// The node.
+        node_name: Option<String> = "node-name",
+        /// The counters.
+        stats: BlockDeviceStats = "stats",
+        /// The node that holds the bytes.
+        parent: Option<Box<BlockStats>> = "parent",
+        /// The node below.
+        backing: Option<Box<BlockStats>> = "backing",
+    }
+
+    /// Kinds of nodes of the graph.
+    enum XDbgBlockGraphNodeType {
+        /// A user of a node.
+        BlockBackend = "block-backend",
+        /// A job.
+        BlockJob = "block-job",
+        /// A node.
+        BlockDriver = "block-driver",
+    }
+
+    /// A node of the graph.
+    struct XDbgBlockGraphNode {
+        /// Its number in this answer.
+        id: u64 = "id",
+        /// Its kind.
+        kind: XDbgBlockGraphNodeType = "type",
+        /// Its name.
+        name: String = "name",
+    }
+
+    /// What a user does to a node, or lets others do.
+    enum BlockPermission {
+        /// Read what was written.
+        ConsistentRead = "consistent-read",
+        /// Write.
+        Write = "write",
+        /// Write what is there already.
+        WriteUnchanged = "write-unchanged",
+        /// Change the size.
+        Resize = "resize",
+    }
+
+    /// An edge of the graph.
+    struct XDbgBlockGraphEdge {
+        /// Number of the user.
+        parent: u64 = "parent",
+        /// Number of the node used.
+        child: u64 = "child",
+        /// Its name.
+        name: String = "name",
+        /// What the user does.
+        perm: Vec<BlockPermission> = "perm",
+        /// What it lets others do.
+        shared_perm: Vec<BlockPermission> = "shared-perm",
+    }
+
+    /// The whole graph.
+    struct XDbgBlockGraph {
+        /// Nodes and their users.
+        nodes: Vec<XDbgBlockGraphNode> = "nodes",
+        /// Who uses what.
+        edges: Vec<XDbgBlockGraphEdge> = "edges",
+    }
+}
+
+type DaemonCall<'a> = Call<'a, Daemon>;
+
+/// Adds the commands.
+pub(super) fn register(registry: &mut Registry<Daemon>) {
+    registry.command("query-block", |_: &DaemonCall<'_>, _: Empty| Ok(Vec::<BlockInfo>::new()));
+    registry.command("query-named-block-nodes", |call: &DaemonCall<'_>, args: QueryNamedBlockNodesArgs| {
+        let graph = call.context.storage()?.info();
+        let nested = !args.flat.unwrap_or(false);
+        Ok(graph.nodes.iter().map(|n| device_info(&graph, n, nested)).collect::<Vec<_>>())
+    });
+    registry.command("query-blockstats", |call: &DaemonCall<'_>, args: QueryBlockstatsArgs| {
+        call.context.query_blockstats(args.query_nodes.unwrap_or(false))
+    });
+    registry.marked_command("x-debug-query-block-graph", &["unstable"], |call: &DaemonCall<'_>, _: Empty| {
+        Ok(block_graph(&call.context.storage()?.info()))
+    });
+}
+
+impl Daemon {
+    fn query_blockstats(&self, nodes: bool) -> Result<Vec<BlockStats>, Error> {
+        let storage = self.storage()?;
+        if !nodes {
+            return Ok(Vec::new());
+        }
+        let graph = storage.info();
+        let mut sums: BTreeMap<String, BlockDeviceStats> = BTreeMap::new();
+        for root in &graph.roots {
+            add(sums.entry(root.node.clone()).or_default(), &storage.stats(root.root));
+        }
+        let stats = |n: &NodeInfo| BlockStats {
+            node_name: Some(n.name.clone()),
+            stats: sums.get(&n.name).cloned().unwrap_or_default(),
+            parent: None,
+            backing: None,
+        };
+        Ok(graph.nodes.iter().map(stats).collect())
+    }
+}
+
+fn signed(n: u64) -> i64 {
+    i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+fn add(to: &mut BlockDeviceStats, from: &Snapshot) {
+    let one = |class: OpClass, ops: &mut i64, bytes: Option<&mut i64>, ns: &mut i64, failed: &mut i64| {
+        let s = from.get(class);
+        let more = |n: &mut i64, by: u64| *n = n.saturating_add(signed(by));
+        more(ops, s.ops);
+        more(ns, s.total_ns);
+        more(failed, s.failed);
+        if let Some(bytes) = bytes {
+            more(bytes, s.bytes);
+        }
+    };
+    one(
+        OpClass::Read,
+        &mut to.rd_operations,
+        Some(&mut to.rd_bytes),
+        &mut to.rd_total_time_ns,
+        &mut to.failed_rd_operations,
+    );
+    one(
+        OpClass::Write,
+        &mut to.wr_operations,
+        Some(&mut to.wr_bytes),
+        &mut to.wr_total_time_ns,
+        &mut to.failed_wr_operations,
+    );
+    one(
+        OpClass::Flush,
+        &mut to.flush_operations,
+        None,
+        &mut to.flush_total_time_ns,
+        &mut to.failed_flush_operations,
+    );
+    one(
+        OpClass::Unmap,
+        &mut to.unmap_operations,
+        Some(&mut to.unmap_bytes),
+        &mut to.unmap_total_time_ns,
+        &mut to.failed_unmap_operations,
+    );
+}
+
+fn child<'a>(graph: &'a GraphInfo, node: &NodeInfo, edge: &str) -> Option<&'a NodeInfo> {
+    let id = node.edges.iter().find(|e| e.name == edge)?.node;
+    graph.nodes.iter().find(|n| n.id == id)
+}
+
+fn device_info(graph: &GraphInfo, n: &NodeInfo, nested: bool) -> BlockDeviceInfo {
+    let mut depth = 0;
+    let mut below = child(graph, n, "backing");
+    let backing_file = below.map(|b| b.driver.filename());
+    while let Some(b) = below {
+        depth += 1;
+        below = child(graph, b, "backing");
+    }
+    BlockDeviceInfo {
+        file: n.driver.filename(),
+        node_name: Some(n.name.clone()),
+        ro: n.flags.read_only,
+        drv: n.driver.name().into(),
+        backing_file,
+        backing_file_depth: depth,
+        encrypted: false,
+        active: true,
+        detect_zeroes: match n.flags.detect_zeroes {
+            DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
+            DetectZeroes::On => BlockdevDetectZeroesOptions::On,
+            DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
+        },
+        bps: 0,
+        bps_rd: 0,
+        bps_wr: 0,
+        iops: 0,
+        iops_rd: 0,
+        iops_wr: 0,
+        image: image_info(graph, n, nested),
+        cache: BlockdevCacheInfo { writeback: true, direct: n.common.direct, no_flush: n.common.no_flush },
+        write_threshold: 0,
+    }
+}
+
+fn image_info(graph: &GraphInfo, n: &NodeInfo, nested: bool) -> ImageInfo {
+    let backing = child(graph, n, "backing");
+    let cluster = n.driver.limits().cluster_size;
+    ImageInfo {
+        filename: n.driver.filename(),
+        format: n.driver.name().into(),
+        virtual_size: signed(n.driver.size()),
+        actual_size: Some(actual_size(graph, n)),
+        cluster_size: (cluster > 0).then(|| i64::from(cluster)),
+        backing_filename: backing.map(|b| b.driver.filename()),
+        full_backing_filename: backing.map(|b| b.driver.filename()),
+        backing_filename_format: backing.map(|b| b.driver.name().into()),
+        backing_image: backing.filter(|_| nested).map(|b| Box::new(image_info(graph, b, nested))),
+    }
+}
+
+/// Space on the host of the files that a node keeps its own bytes in.
+fn actual_size(graph: &GraphInfo, n: &NodeInfo) -> i64 {
+    let own = ["file", "data-file"].iter().filter_map(|e| child(graph, n, e)).map(|c| actual_size(graph, c));
+    let below: i64 = own.fold(0, i64::saturating_add);
+    if !matches!(n.driver.name(), "file" | "host_device") {
+        return below;
+    }
+    std::fs::metadata(n.driver.filename()).map_or(0, |m| signed(m.blocks().saturating_mul(512)))
+}
+
+fn permissions(bits: u8) -> Vec<BlockPermission> {
+    let all = [
+        (perm::CONSISTENT_READ, BlockPermission::ConsistentRead),
+        (perm::WRITE, BlockPermission::Write),
+        (perm::WRITE_UNCHANGED, BlockPermission::WriteUnchanged),
+        (perm::RESIZE, BlockPermission::Resize),
+    ];
+    all.into_iter().filter(|(bit, _)| bits & bit != 0).map(|(_, p)| p).collect()
+}
+
+fn block_graph(graph: &GraphInfo) -> XDbgBlockGraph {
+    let mut out = XDbgBlockGraph { nodes: Vec::new(), edges: Vec::new() };
+    let mut numbers: BTreeMap<NodeId, u64> = BTreeMap::new();
+    let mut names: BTreeMap<&str, u64> = BTreeMap::new();
+    for (number, n) in (1..).zip(&graph.nodes) {
+        numbers.insert(n.id, number);
+        names.insert(&n.name, number);
+        let kind = XDbgBlockGraphNodeType::BlockDriver;
+        out.nodes.push(XDbgBlockGraphNode { id: number, kind, name: n.name.clone() });
+    }
+    let first = out.nodes.len() as u64 + 1;
+    for (next, root) in (first..).zip(&graph.roots) {
+        let kind = XDbgBlockGraphNodeType::BlockBackend;
+        out.nodes.push(XDbgBlockGraphNode { id: next, kind, name: String::new() });
+        if let Some(node) = names.get(root.node.as_str()) {
+            out.edges.push(XDbgBlockGraphEdge {
+                parent: next,
+                child: *node,
+                name: "root".into(),
+                perm: permissions(root.perms.0),
+                shared_perm: permissions(root.perms.1),
+            });
+        }
+    }
+    for n in &graph.nodes {
+        for e in &n.edges {
+            if let (Some(parent), Some(child)) = (numbers.get(&n.id), numbers.get(&e.node)) {
+                out.edges.push(XDbgBlockGraphEdge {
+                    parent: *parent,
+                    child: *child,
+                    name: e.name.into(),
+                    perm: permissions(e.perms.0),
+                    shared_perm: permissions(e.perms.1),
+                });
+            }
+        }
+    }
+    out
+}
