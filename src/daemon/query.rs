@@ -15,6 +15,12 @@ ringblock_drivers::qapi! {
     struct BlockInfo {
         /// Its name.
         device: String = "device",
+        /// Always "unknown".
+        kind: String = "type",
+        /// Whether its medium can be taken out.
+        removable: bool = "removable",
+        /// Whether its medium is locked.
+        locked: bool = "locked",
     }
 
     /// Arguments of query-named-block-nodes.
@@ -101,6 +107,12 @@ ringblock_drivers::qapi! {
         write_threshold: i64 = "write_threshold",
     }
 
+    /// Statistics over an interval.
+    struct BlockDeviceTimedStats {
+        /// Its length in seconds.
+        interval_length: i64 = "interval_length",
+    }
+
     /// Counters.
     struct BlockDeviceStats: Default {
         /// Bytes read.
@@ -133,6 +145,36 @@ ringblock_drivers::qapi! {
         failed_flush_operations: i64 = "failed_flush_operations",
         /// Discards and zero writes that failed.
         failed_unmap_operations: i64 = "failed_unmap_operations",
+        /// End of the highest write so far, in bytes.
+        wr_highest_offset: i64 = "wr_highest_offset",
+        /// Reads that were merged with others (none).
+        rd_merged: i64 = "rd_merged",
+        /// Writes that were merged with others (none).
+        wr_merged: i64 = "wr_merged",
+        /// Discards that were merged with others (none).
+        unmap_merged: i64 = "unmap_merged",
+        /// Refused reads; not counted.
+        invalid_rd_operations: i64 = "invalid_rd_operations",
+        /// Refused writes; not counted.
+        invalid_wr_operations: i64 = "invalid_wr_operations",
+        /// Refused flushes; not counted.
+        invalid_flush_operations: i64 = "invalid_flush_operations",
+        /// Refused discards; not counted.
+        invalid_unmap_operations: i64 = "invalid_unmap_operations",
+        /// Zone appends; there are no zones.
+        zone_append_operations: i64 = "zone_append_operations",
+        /// Bytes of those.
+        zone_append_bytes: i64 = "zone_append_bytes",
+        /// Those merged.
+        zone_append_merged: i64 = "zone_append_merged",
+        /// Time in those.
+        zone_append_total_time_ns: i64 = "zone_append_total_time_ns",
+        /// Those that failed.
+        failed_zone_append_operations: i64 = "failed_zone_append_operations",
+        /// Those refused.
+        invalid_zone_append_operations: i64 = "invalid_zone_append_operations",
+        /// Statistics over intervals; none are kept.
+        timed_stats: Vec<BlockDeviceTimedStats> = "timed_stats",
         /// Whether failed requests count in the other counters.
         account_failed: bool = "account_failed",
         /// Whether refused requests count in the other counters.
@@ -260,6 +302,7 @@ fn add(to: &mut BlockDeviceStats, from: &Snapshot) {
             more(bytes, s.bytes);
         }
     };
+    to.wr_highest_offset = to.wr_highest_offset.max(signed(from.highest_write()));
     one(
         OpClass::Read,
         &mut to.rd_operations,

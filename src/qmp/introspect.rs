@@ -109,7 +109,7 @@ ringblock_drivers::qapi! {
         /// Its words.
         members: Vec<SchemaInfoEnumMember> = "members",
         /// Its words, in the older form.
-        values: Vec<String> = "values",
+        values: Vec<String> = "values" ["deprecated"],
     }
 
     /// An array.

@@ -38,6 +38,8 @@ pub(crate) struct RootLocal {
     turn: [Semaphore; 2],
     waiting: Cell<u32>,
     stats: RefCell<[OpStats; OpClass::COUNT]>,
+    /// Where the highest write that succeeded ended.
+    highest_write: Cell<u64>,
 }
 
 impl Default for RootLocal {
@@ -49,6 +51,7 @@ impl Default for RootLocal {
             turn: [Semaphore::new(1), Semaphore::new(1)],
             waiting: Cell::new(0),
             stats: RefCell::default(),
+            highest_write: Cell::new(0),
         }
     }
 }
@@ -207,6 +210,10 @@ impl Root {
             return (entry.finish(OpClass::Write, len, Err(e)), buf);
         }
         let (result, buf) = entry.write(off, buf, flags).await;
+        if result.is_ok() {
+            let highest = &entry.gate.0.highest_write;
+            highest.set(highest.get().max(off + len));
+        }
         (entry.finish(OpClass::Write, len, result), buf)
     }
 
@@ -266,7 +273,11 @@ impl Root {
         let (mut sum, id) = (Snapshot::default(), self.id);
         for index in 0..core.count() {
             let one = core.call(index, move || {
-                Box::pin(async move { Snapshot::of(&Core::current().root(id).stats.borrow()) })
+                Box::pin(async move {
+                    let local = Core::current().root(id);
+                    let stats = local.stats.borrow();
+                    Snapshot::of(&stats, local.highest_write.get())
+                })
             });
             if let Some(one) = one.await {
                 sum.add(&one);

@@ -71,11 +71,17 @@ impl OpStats {
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     ops: [OpStats; OpClass::COUNT],
+    highest_write: u64,
 }
 
 impl Snapshot {
-    pub(crate) fn of(ops: &[OpStats; OpClass::COUNT]) -> Snapshot {
-        Snapshot { ops: ops.clone() }
+    pub(crate) fn of(ops: &[OpStats; OpClass::COUNT], highest_write: u64) -> Snapshot {
+        Snapshot { ops: ops.clone(), highest_write }
+    }
+
+    /// Where the highest write that succeeded ended, in bytes.
+    pub fn highest_write(&self) -> u64 {
+        self.highest_write
     }
 
     /// The counters of one kind.
@@ -87,5 +93,6 @@ impl Snapshot {
         for (a, b) in self.ops.iter_mut().zip(&other.ops) {
             a.add(b);
         }
+        self.highest_write = self.highest_write.max(other.highest_write);
     }
 }

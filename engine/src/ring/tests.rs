@@ -117,7 +117,11 @@ fn dropped_and_forgotten_futures_leave_their_memory() {
             core.enter_ring(None);
             assert!(!core.epochs.has_pins());
             assert_eq!(core.ring.borrow().in_flight(), 0);
-            assert_eq!(core.ring.borrow().slab.is_empty(), !forget, "a forgotten future keeps its finished entry");
+            assert_eq!(
+                core.ring.borrow().slab.is_empty(),
+                !forget,
+                "a forgotten future keeps its finished entry"
+            );
         }
     });
 }
