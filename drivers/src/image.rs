@@ -113,7 +113,7 @@ pub fn with_format(path: &str, format: &str, base: BlockdevOptionsBase) -> Resul
     let driver = match format {
         "raw" => BlockdevDriver::Raw(Box::new(BlockdevOptionsRaw { file, offset: None, size: None })),
         "qcow2" => BlockdevDriver::Qcow2(Box::new(qcow2(file))),
-        other => return Err(Error::invalid(format!("Unknown driver '{other}'"))),
+        other => return Err(Error::new(Errno::ENOENT, format!("Unknown driver '{other}'"))),
     };
     Ok(BlockdevOptions { base, driver })
 }

@@ -11,7 +11,7 @@ use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
 use ringblock_engine::{Config, Engine};
 use serde_json::{Value, json};
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -500,6 +500,53 @@ fn images_by_path() {
             assert!(!how.probed && o.driver.as_str() == "raw");
             let e = image::options(&text(&gone), None, base).await.unwrap_err();
             assert_eq!(e.message, format!("Could not open '{}': No such file or directory", gone.display()));
+        })
+    });
+}
+
+/// Goal: what an image names is opened as named, guessed where nothing is named, and never waited for.
+/// Method: images made by qemu-img over a qcow2 file, a raw file without a format, and a FIFO.
+#[test]
+fn files_named_by_images() {
+    let t = Folder::new();
+    let sh = |script: &str| {
+        let out = std::process::Command::new("sh").arg("-ec").arg(script).current_dir(&t.0).output().unwrap();
+        assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    };
+    sh("qemu-img create -q -f qcow2 base.qcow2 1M
+        qemu-io -f qcow2 -c 'write -P 0x42 0 64k' base.qcow2 >/dev/null
+        qemu-img create -q -f qcow2 -b base.qcow2 -F qcow2 over.qcow2
+        truncate -s 1M plain; qemu-io -f raw -c 'write -P 0x43 0 64k' plain >/dev/null
+        mkfifo fifo
+        for i in guess stuck remote; do qemu-img create -q -f qcow2 $i.qcow2 1M; done");
+    for (image, name) in [("guess", "plain"), ("stuck", "fifo"), ("remote", "nbd:x:1")] {
+        // A backing file without its format, which today's tools refuse to make: qcow2 header, bytes 8 to 19.
+        let file =
+            std::fs::OpenOptions::new().write(true).open(t.0.join(image).with_extension("qcow2")).unwrap();
+        file.write_all_at(&4096u64.to_be_bytes(), 8).unwrap();
+        file.write_all_at(&(name.len() as u32).to_be_bytes(), 16).unwrap();
+        file.write_all_at(name.as_bytes(), 4096).unwrap();
+    }
+    let dir = t.0.clone();
+    on_engine(move || {
+        Box::pin(async move {
+            for (name, byte) in [("over.qcow2", 0x42), ("guess.qcow2", 0x43)] {
+                let file = file_options(&dir.join(name));
+                add(json!({"driver": "qcow2", "node-name": "q", "file": file})).await.unwrap();
+                let root = attach("q", RW, perm::ALL).await.unwrap();
+                assert!(read(&root, 0, 65536).await.unwrap().iter().all(|b| *b == byte));
+                Graph::current().detach(root).await.unwrap();
+                Graph::current().del("q").await.unwrap();
+            }
+            for name in ["stuck.qcow2", "remote.qcow2"] {
+                let file = file_options(&dir.join(name));
+                let e = add(json!({"driver": "qcow2", "node-name": "q", "file": file})).await.unwrap_err();
+                assert!(
+                    e.message.contains("regular file") || e.message.contains("plain paths"),
+                    "{}",
+                    e.message
+                );
+            }
         })
     });
 }
