@@ -275,7 +275,7 @@ impl Graph {
             node: name.to_owned(),
             perm: perm::RESIZE,
             shared: perm::ALL,
-            user: "the resize operation".to_owned(),
+            user: "an unnamed block device".to_owned(),
             throttle: None,
         };
         let temporary = self.attach(spec).await?;

@@ -173,7 +173,8 @@ impl NbdServer {
             perm: perm::CONSISTENT_READ | writes,
             // A size clients have been told must not change under them.
             shared: perm::ALL & !perm::RESIZE,
-            user: format!("block export '{}'", options.id),
+            // What the peer calls every export in its texts.
+            user: "an unnamed block device".into(),
             throttle: None,
         };
         let root = graph.attach(spec).await.map_err(|e| match e.errno {
