@@ -61,6 +61,28 @@ impl Mode {
 /// A descriptor that is opened and not in the table yet, with its place.
 pub(super) type Pending = (usize, Leaf, Limits);
 
+/// Remembers the first failed flush for ever: what the kernel could not write then may be gone from its cache, and a
+/// later success would not mean that it is on the disk.
+#[derive(Default)]
+struct Latch(AtomicI32);
+
+impl Latch {
+    fn check(&self) -> Result<(), Errno> {
+        match self.0.load(Ordering::Acquire) {
+            0 => Ok(()),
+            e => Err(Errno(e)),
+        }
+    }
+
+    /// The result of a flush, unless another one has failed meanwhile.
+    fn note(&self, done: Result<(), Errno>) -> Result<(), Errno> {
+        if let Err(e) = done {
+            let _ = self.0.compare_exchange(0, e.0, Ordering::AcqRel, Ordering::Acquire);
+        }
+        done.and(self.check())
+    }
+}
+
 /// See the module.
 pub(super) struct State {
     pub(super) config: FileConfig,
@@ -74,7 +96,7 @@ pub(super) struct State {
     /// Length as last seen, for nodes whose length nobody may change.
     size: AtomicU64,
     growing: AtomicBool,
-    flush_failed: AtomicI32,
+    flushed: Latch,
     /// A range last seen to be data. Writing cannot change that; zeroing, discarding and shrinking can.
     data_seen: Mutex<Range<u64>>,
 }
@@ -129,7 +151,7 @@ impl State {
             zero: ZeroOps::new(kind),
             size: AtomicU64::new(size),
             growing: AtomicBool::new(false),
-            flush_failed: AtomicI32::new(0),
+            flushed: Latch::default(),
             data_seen: Mutex::new(0..0),
         };
         state.adopt((mode.place(writable), Leaf::File(file), limits));
@@ -207,16 +229,8 @@ impl State {
     }
 
     pub(super) async fn flush(&self) -> Result<(), Errno> {
-        let before = self.flush_failed.load(Ordering::Acquire);
-        if before != 0 {
-            return Err(Errno(before));
-        }
-        let done = self.file()?.fdatasync().await;
-        if let Err(e) = done {
-            // The first failure is the one that tells; whoever comes later gets the same.
-            let _ = self.flush_failed.compare_exchange(0, e.0, Ordering::AcqRel, Ordering::Acquire);
-        }
-        done
+        self.flushed.check()?;
+        self.flushed.note(self.file()?.fdatasync().await)
     }
 
     /// The length of the file now; format drivers make it longer by writing past its end.
@@ -305,5 +319,33 @@ pub(super) fn prealloc_mode(p: Preallocation) -> Result<Prealloc, Error> {
         Preallocation::Metadata => {
             Err(Error::new(Errno::ENOTSUP, "Unsupported preallocation mode 'metadata'"))
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: after a failed flush none succeeds, and all tell the first error. Method: success, two failures, success.
+    #[test]
+    fn a_failed_flush_stays_failed() {
+        let l = Latch::default();
+        assert_eq!((l.check(), l.note(Ok(()))), (Ok(()), Ok(())));
+        assert_eq!(l.note(Err(Errno::EIO)), Err(Errno::EIO));
+        assert_eq!(l.note(Err(Errno::ENOSPC)), Err(Errno::ENOSPC));
+        assert_eq!((l.check(), l.note(Ok(()))), (Err(Errno::EIO), Err(Errno::EIO)));
+    }
+
+    /// Goal: each mode has a place of its own, and the writable one is one bit away.
+    #[test]
+    fn places() {
+        let mode = |direct| Mode { read_only: false, auto_read_only: true, direct, force_share: false };
+        let all = [
+            mode(false).place(false),
+            mode(false).place(true),
+            mode(true).place(false),
+            mode(true).place(true),
+        ];
+        assert_eq!(all, [0, WRITABLE, DIRECT, DIRECT | WRITABLE]);
     }
 }
