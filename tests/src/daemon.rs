@@ -196,6 +196,21 @@ impl Start {
     }
 }
 
+/// Waits until no process, and no dying ring, holds a lock on the file: the kernel takes rings apart after
+/// their process has ended, and their files with them.
+///
+/// # Panics
+/// If a lock stays for 10 s.
+pub fn wait_unlocked(path: &str) {
+    use std::os::unix::fs::MetadataExt;
+    let inode = format!(":{} ", std::fs::metadata(path).expect("the file is there").ino());
+    let start = Instant::now();
+    while std::fs::read_to_string("/proc/locks").is_ok_and(|locks| locks.contains(&inode)) {
+        assert!(start.elapsed() < Duration::from_secs(10), "{path} is still locked");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// True if something listens; the probing connection is dropped at once, which a server must survive.
 fn accepts(path: &str) -> bool {
     UnixStream::connect(path).is_ok()

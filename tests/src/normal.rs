@@ -2,11 +2,19 @@
 
 use crate::tools::Output;
 
-/// The names under which a program may announce itself in front of a message.
-const PREFIXES: [&str; 6] =
-    ["qemu-img", "qemu-io", "qemu-storage-daemon", "ringblock img", "ringblock io", "ringblock serve"];
+/// The names under which a program may announce itself in front of a message; longer ones first.
+const PREFIXES: [&str; 7] = [
+    "qemu-img",
+    "qemu-io",
+    "qemu-storage-daemon",
+    "ringblock img",
+    "ringblock io",
+    "ringblock serve",
+    "ringblock",
+];
 
-/// Replaces the program's own name at the start of a message, and in a pointer to its help.
+/// Replaces the program's own name at the start of a message, and what the option parsers of the two say of a
+/// wrong option: that wording is the C library's, not the peer's.
 pub fn program(text: &str) -> String {
     let mut lines = Vec::new();
     for line in text.lines() {
@@ -16,6 +24,10 @@ pub fn program(text: &str) -> String {
                 line = format!("PROGRAM{rest}");
             }
             line = line.replace(&format!("Try '{prefix}"), "Try 'PROGRAM");
+        }
+        line = line.replace("invalid option '", "unrecognized option '");
+        if let Some((front, option)) = line.split_once("missing argument for option ") {
+            line = format!("{front}option {option} requires an argument");
         }
         lines.push(line);
     }
