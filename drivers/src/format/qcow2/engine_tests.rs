@@ -2,7 +2,7 @@
 
 use std::rc::Rc;
 
-use ringblock_engine::driver::{Flags, LocalFuture, Preallocation, perm};
+use ringblock_engine::driver::{Flags, LocalFuture, perm};
 use ringblock_engine::graph::{Graph, RootSpec};
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
@@ -11,31 +11,10 @@ use ringblock_engine::{Config, Engine, Errno, Error};
 use super::create::{self, CreateOptions, NewImage};
 
 use super::header::CompressionType;
-use super::testkit::{Scratch, qemu_img, qemu_io};
+use super::testkit::{Random, Scratch, qemu_img, qemu_io};
 use crate::open;
 use crate::options::blockdev::BlockdevOptions;
 use crate::options::from_json;
-
-/// A random stream with a seed.
-#[derive(Clone)]
-pub(super) struct Random(u64);
-
-impl Random {
-    pub(super) fn new(seed: u64) -> Random {
-        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
-    }
-
-    pub(super) fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 11
-    }
-
-    pub(super) fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
-    }
-}
 
 /// Runs a task beside the graph.
 fn on_graph<T, F>(engine: &Engine, f: F) -> T

@@ -22,6 +22,8 @@ mod claim;
 mod claims;
 pub mod compress;
 mod compressed;
+#[cfg(test)]
+mod crash_tests;
 pub mod create;
 mod discard;
 pub mod driver;
@@ -44,6 +46,8 @@ pub mod refcount;
 mod refcounts;
 mod repair;
 mod resize;
+#[cfg(test)]
+mod simkit;
 pub mod snapshot_table;
 mod tables;
 #[cfg(test)]
