@@ -99,6 +99,7 @@ async fn guest(disk: Rc<Disk>, history: Rc<RefCell<History>>, me: u64, guests: u
                 }
                 result
             }
+            11 => read_others(&disk, &history, random.below(sectors)).await,
             _ => read_own(&disk, &history, range.clone()).await,
         };
         let c = disk.sim.stamp();
@@ -124,6 +125,18 @@ async fn read_own(disk: &Disk, history: &RefCell<History>, range: std::ops::Rang
             "sector {sector} reads {}",
             bytes[0]
         );
+    }
+    Ok(())
+}
+
+/// Reads what others work on at the same time: never anything that nobody wrote there.
+async fn read_others(disk: &Disk, history: &RefCell<History>, from: u64) -> Result<(), Errno> {
+    let to = (from + 40).min(disk.shared.size() / SECTOR);
+    let got = disk.read(from * SECTOR..to * SECTOR).await?;
+    for (sector, bytes) in (from..to).zip(got.chunks_exact(SECTOR as usize)) {
+        let history = history.borrow();
+        let known = history.sectors[sector as usize].iter().any(|v| bytes.iter().all(|&b| b == v.stamp));
+        assert!(known, "sector {sector} reads {}, which nobody wrote there", bytes[0]);
     }
     Ok(())
 }
