@@ -436,6 +436,12 @@ pub trait Driver: Send + Sync {
         Box::pin(async move { (Err(Errno::ENOTSUP), buf) })
     }
 
+    /// Whether block status looks through allocated data to holes of the file below: for images with preallocated
+    /// metadata, where an allocated cluster says little (reference, part 5 item 10).
+    fn status_recurses(&self) -> bool {
+        false
+    }
+
     /// Block status of the beginning of a range, for drivers that are not [`Kind::Map`]. `want_zero` false allows a
     /// coarse answer.
     fn status(&self, range: Range<u64>, _want_zero: bool) -> LocalFuture<'_, Result<Status, Errno>> {

@@ -62,7 +62,7 @@ pub(crate) fn status_node(
                 }
                 Target::Data { child, off } => {
                     let mut s = Status { data: true, allocated: true, offset: Some(off), ..none };
-                    if want_zero {
+                    if want_zero && view.driver.status_recurses() {
                         refine(&view, child, off, &mut s).await;
                     }
                     Ok(s)
