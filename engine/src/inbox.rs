@@ -11,14 +11,12 @@
 //! sleeps, or its wake fd is readable. It is model-checked with loom (`tests/loom.rs`): the two sides each write, fence, and
 //! read what the other wrote.
 
-use std::sync::Arc;
-
-#[cfg(loom)]
-use loom::sync::atomic::{AtomicBool, Ordering, fence};
-#[cfg(not(loom))]
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use crate::shim::{AtomicBool, Ordering, fence};
 
 /// The sleeping half: whether the core sleeps, and who may wake it. Model-checked.
+///
+/// Every change is a read-modify-write: of several senders exactly one wakes, and loom, which knows the order of
+/// modifications only where they synchronise, can follow it. It costs nothing next to the system call of parking.
 #[derive(Debug)]
 pub struct Parking {
     parked: AtomicBool,
@@ -33,20 +31,20 @@ impl Default for Parking {
 impl Parking {
     /// The core is about to sleep. It sleeps only if its queue is empty *after* this call.
     pub fn prepare(&self) {
-        self.parked.store(true, Ordering::Relaxed);
+        self.parked.swap(true, Ordering::AcqRel);
         fence(Ordering::SeqCst);
     }
 
     /// The core runs again.
     pub fn unpark(&self) {
-        self.parked.store(false, Ordering::Relaxed);
+        self.parked.swap(false, Ordering::AcqRel);
     }
 
     /// After a push: whether this sender has to wake the core.
     #[must_use]
     pub fn must_wake(&self) -> bool {
         fence(Ordering::SeqCst);
-        self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::Relaxed)
+        self.parked.load(Ordering::Relaxed) && self.parked.swap(false, Ordering::AcqRel)
     }
 }
 
@@ -60,6 +58,7 @@ mod queue {
     use crate::epoch::BarrierMsg;
     use crossbeam::queue::ArrayQueue;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+    use std::sync::Arc;
 
     /// A piece of work for a core.
     pub(crate) type Job = Box<dyn FnOnce(&std::rc::Rc<Core>) + Send>;

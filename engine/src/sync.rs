@@ -10,9 +10,10 @@ use std::collections::VecDeque;
 use std::future::{Future, poll_fn};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::Thread;
+
+use crate::shim::{self, AtomicUsize, Ordering};
 
 struct Shot<T> {
     value: Option<T>,
@@ -21,14 +22,14 @@ struct Shot<T> {
 }
 
 /// The sending half of a one-shot channel; dropping it unsent closes the channel.
-pub struct Sender<T>(Arc<std::sync::Mutex<Shot<T>>>);
+pub struct Sender<T>(Arc<shim::Mutex<Shot<T>>>);
 
 /// The receiving half: a future that any thread may poll.
-pub struct Receiver<T>(Arc<std::sync::Mutex<Shot<T>>>);
+pub struct Receiver<T>(Arc<shim::Mutex<Shot<T>>>);
 
 /// A one-shot channel.
 pub fn oneshot<T>() -> (Sender<T>, Receiver<T>) {
-    let shot = Arc::new(std::sync::Mutex::new(Shot { value: None, waker: None, closed: false }));
+    let shot = Arc::new(shim::Mutex::new(Shot { value: None, waker: None, closed: false }));
     (Sender(shot.clone()), Receiver(shot))
 }
 
@@ -97,13 +98,13 @@ pub fn block_on<F: Future>(future: F) -> F::Output {
 /// Counts down to zero from several threads, then wakes one waiter.
 pub struct Countdown {
     left: AtomicUsize,
-    waker: std::sync::Mutex<Option<Waker>>,
+    waker: shim::Mutex<Option<Waker>>,
 }
 
 impl Countdown {
     /// Waits for `n` calls of [`Countdown::ack`].
     pub fn new(n: usize) -> Countdown {
-        Countdown { left: AtomicUsize::new(n), waker: std::sync::Mutex::new(None) }
+        Countdown { left: AtomicUsize::new(n), waker: shim::Mutex::new(None) }
     }
 
     /// One part is done.
