@@ -17,7 +17,7 @@ use crate::options::blockdev::BlockdevOptions;
 use crate::options::from_json;
 
 /// Runs a task beside the graph.
-fn on_graph<T, F>(engine: &Engine, f: F) -> T
+pub(super) fn on_graph<T, F>(engine: &Engine, f: F) -> T
 where
     T: Send + 'static,
     F: FnOnce(Rc<Graph>) -> LocalFuture<'static, T> + Send + 'static,
@@ -25,12 +25,12 @@ where
     engine.run(0, move || f(Graph::current()))
 }
 
-fn start(cores: usize) -> Engine {
+pub(super) fn start(cores: usize) -> Engine {
     Engine::start(&Config { cores, ..Config::default() }).unwrap()
 }
 
 /// Opens a qcow2 node "disk" on a file and attaches to it.
-fn attach(engine: &Engine, options: serde_json::Value, writable: bool) -> Result<Root, Error> {
+pub(super) fn attach(engine: &Engine, options: serde_json::Value, writable: bool) -> Result<Root, Error> {
     let options: BlockdevOptions = from_json(&options)?;
     let spec = open::node(options)?;
     let root = RootSpec {
@@ -48,11 +48,11 @@ fn attach(engine: &Engine, options: serde_json::Value, writable: bool) -> Result
     })
 }
 
-fn detach(engine: &Engine) -> Result<(), Error> {
+pub(super) fn detach(engine: &Engine) -> Result<(), Error> {
     on_graph(engine, |graph| Box::pin(async move { graph.shutdown().await }))
 }
 
-fn json(dir: &Scratch, name: &str, extra: serde_json::Value) -> serde_json::Value {
+pub(super) fn json(dir: &Scratch, name: &str, extra: serde_json::Value) -> serde_json::Value {
     let mut all = serde_json::json!({
         "driver": "qcow2", "node-name": "disk", "discard": "unmap",
         "file": {"driver": "file", "filename": dir.path(name)},
@@ -63,7 +63,7 @@ fn json(dir: &Scratch, name: &str, extra: serde_json::Value) -> serde_json::Valu
     all
 }
 
-async fn read_all(root: Root, size: u64, step: u64) -> Result<Vec<u8>, Errno> {
+pub(super) async fn read_all(root: Root, size: u64, step: u64) -> Result<Vec<u8>, Errno> {
     let mut out = Vec::with_capacity(size as usize);
     while (out.len() as u64) < size {
         let n = step.min(size - out.len() as u64);
@@ -74,7 +74,7 @@ async fn read_all(root: Root, size: u64, step: u64) -> Result<Vec<u8>, Errno> {
     Ok(out)
 }
 
-fn make(dir: &Scratch, name: &str, options: &CreateOptions) -> NewImage {
+pub(super) fn make(dir: &Scratch, name: &str, options: &CreateOptions) -> NewImage {
     use std::os::unix::fs::FileExt;
     let image = create::create(options).unwrap();
     let f = std::fs::File::create(dir.path(name)).unwrap();
@@ -242,7 +242,7 @@ async fn random_op(root: Root, model: &mut [u8], random: &mut Random, stamp: u8)
 }
 
 /// qemu-img finds the image clean and equal to the model.
-fn agree(dir: &Scratch, what: &str, model: &[u8]) {
+pub(super) fn agree(dir: &Scratch, what: &str, model: &[u8]) {
     let (rc, out, err) = qemu_img(dir, &["check", "-f", "qcow2", "a.qcow2"]);
     assert_eq!(rc, 0, "{what}\n{out}{err}");
     std::fs::write(dir.path("model.raw"), model).unwrap();

@@ -32,6 +32,8 @@ mod engine_tests;
 pub mod entry;
 pub mod extensions;
 mod fault;
+#[cfg(test)]
+mod feature_tests;
 mod frames;
 pub mod geometry;
 pub mod header;

@@ -1,0 +1,257 @@
+//! Tests of single features on a running engine: snapshots, compression, resizing, growth of the tables, repair.
+
+use std::os::unix::fs::FileExt;
+
+use ringblock_engine::driver::{Flags, Preallocation};
+use ringblock_engine::mem::Buf;
+use ringblock_engine::path::Root;
+use ringblock_engine::{Engine, Errno, Error};
+use serde_json::json;
+
+use super::create::CreateOptions;
+use super::engine_tests::{agree, attach, detach, json, make, on_graph, read_all, start};
+use super::header::CompressionType;
+use super::testkit::{Random, Scratch, qemu_img, qemu_io};
+
+/// Half noise, half pattern.
+fn data(len: u64, seed: u64) -> Vec<u8> {
+    let mut random = Random::new(seed);
+    (0..len).map(|i| if i % 512 < 200 { random.next() as u8 } else { seed as u8 }).collect()
+}
+
+fn write(engine: &Engine, root: Root, at: u64, bytes: &[u8], flags: Flags) -> Result<(), Errno> {
+    let buf = Buf::from_slice(bytes);
+    engine.run(0, move || Box::pin(async move { root.write(at, buf, flags).await.0 }))
+}
+
+fn resize(engine: &Engine, size: u64, prealloc: Preallocation) -> Result<(), Error> {
+    on_graph(engine, move |graph| Box::pin(async move { graph.resize("disk", size, prealloc).await }))
+}
+
+/// Goal: clusters of internal snapshots are never written, and the snapshot table survives. Method: qemu-img takes a
+/// snapshot, we overwrite, discard and zero, qemu-img goes back to it.
+#[test]
+fn snapshots_keep_their_content() {
+    let engine = start(1);
+    for opts in ["cluster_size=64k", "cluster_size=512", "extended_l2=on", "compat=v2,cluster_size=4k"] {
+        let dir = Scratch::new();
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "2M"]);
+        qemu_io(&dir, &["-f", "qcow2", "-c", "write -P 1 0 1M", "-c", "write -P 2 1500k 64k", "a.qcow2"]);
+        qemu_img(&dir, &["snapshot", "-c", "first", "a.qcow2"]);
+        qemu_io(&dir, &["-f", "qcow2", "-c", "write -P 3 100k 300k", "a.qcow2"]);
+        qemu_img(&dir, &["snapshot", "-c", "second", "a.qcow2"]);
+        let mut model = vec![0; 2 << 20];
+        model[..1 << 20].fill(1);
+        model[1500 << 10..1564 << 10].fill(2);
+        let first = model.clone();
+        model[100 << 10..400 << 10].fill(3);
+        let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        for (i, at) in [0u64, 70_000, 300 << 10, 900 << 10, 1800 << 10].into_iter().enumerate() {
+            let bytes = data(40_000, i as u64 + 9);
+            write(&engine, root, at, &bytes, Flags::NONE).unwrap();
+            model[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+        }
+        engine
+            .run(0, move || {
+                Box::pin(async move { root.write_zeroes(512 << 10, 128 << 10, Flags::NONE).await })
+            })
+            .unwrap();
+        model[512 << 10..640 << 10].fill(0);
+        detach(&engine).unwrap();
+        agree(&dir, opts, &model);
+        let (rc, _, err) = qemu_img(&dir, &["snapshot", "-a", "first", "a.qcow2"]);
+        assert_eq!(rc, 0, "{err}");
+        agree(&dir, opts, &first);
+        qemu_img(&dir, &["snapshot", "-d", "first", "a.qcow2"]);
+        qemu_img(&dir, &["snapshot", "-d", "second", "a.qcow2"]);
+        agree(&dir, opts, &first);
+    }
+}
+
+/// Goal: compressed writes read back, here and with qemu-img, and may be overwritten. Method: both packers and several
+/// refcount widths; noise that does not shrink; clusters rewritten plainly afterwards.
+#[test]
+fn compressed_writes() {
+    let engine = start(2);
+    for compression in [CompressionType::Zlib, CompressionType::Zstd] {
+        for (cluster_size, refcount_bits) in [(512, 16), (4096, 1), (65536, 16), (65536, 2), (2 << 20, 16)] {
+            let dir = Scratch::new();
+            let size = (4 << 20) + 512;
+            let o = CreateOptions { size, cluster_size, refcount_bits, compression, ..Default::default() };
+            make(&dir, "a.qcow2", &o);
+            let mut model = data(size, cluster_size);
+            let mut noise = Random::new(3);
+            model[65536..3 * 65536].iter_mut().for_each(|b| *b = noise.next() as u8);
+            let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+            let all = model.clone();
+            let packed = Flags { compressed: true, ..Flags::NONE };
+            let step = (1u64 << 20).max(cluster_size);
+            engine
+                .run(1, move || {
+                    Box::pin(async move {
+                        for at in (0..size).step_by(step as usize) {
+                            let buf = Buf::from_slice(&all[at as usize..(at + step).min(size) as usize]);
+                            root.write(at, buf, packed).await.0?;
+                        }
+                        root.flush().await
+                    })
+                })
+                .unwrap();
+            let got = engine.run(0, move || Box::pin(read_all(root, size, 100_000))).unwrap();
+            assert!(got == model, "{o:?}");
+            for at in [0u64, 200_000, 1 << 20] {
+                let bytes = data(3000, at);
+                write(&engine, root, at, &bytes, Flags::NONE).unwrap();
+                model[at as usize..at as usize + bytes.len()].copy_from_slice(&bytes);
+            }
+            detach(&engine).unwrap();
+            agree(&dir, &format!("{o:?}"), &model);
+        }
+    }
+}
+
+/// Goal: growing shows zeros and shrinking frees, whatever was there. Method: sizes up and down across L1 growth, with
+/// writes at the end in between; old content never comes back.
+#[test]
+fn resizing() {
+    let engine = start(1);
+    let d = CreateOptions { size: 100 << 10, cluster_size: 512, ..Default::default() };
+    for o in [
+        d.clone(),
+        CreateOptions { cluster_size: 65536, ..d.clone() },
+        CreateOptions { cluster_size: 16384, extended_l2: true, ..d.clone() },
+        CreateOptions { cluster_size: 4096, refcount_bits: 64, ..d },
+    ] {
+        let dir = Scratch::new();
+        make(&dir, "a.qcow2", &o);
+        let mut model = vec![0; o.size as usize];
+        let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        for (i, size) in [300 << 10, 512, 70_144, 20 << 20, 5 << 20, 0, 6 << 20].into_iter().enumerate() {
+            resize(&engine, size, Preallocation::Off).unwrap();
+            model.resize(size as usize, 0);
+            let at = size.saturating_sub(30_000);
+            let bytes = data(size - at, i as u64 + 1);
+            write(&engine, root, at, &bytes, Flags::NONE).unwrap();
+            model[at as usize..].copy_from_slice(&bytes);
+            let got = engine.run(0, move || Box::pin(read_all(root, size, 1 << 20))).unwrap();
+            assert!(got == model, "{o:?} at size {size}");
+        }
+        detach(&engine).unwrap();
+        agree(&dir, &format!("{o:?}"), &model);
+    }
+}
+
+/// Goal: growing over a longer backing file does not show its data, and preallocation allocates. Method: a small overlay
+/// on a large base, grown by every mode.
+#[test]
+fn growing_over_a_backing_file() {
+    let engine = start(1);
+    for extended in [false, true] {
+        let dir = Scratch::new();
+        std::fs::write(dir.path("base.raw"), vec![7; 1 << 20]).unwrap();
+        let size = (100 << 10) + 512;
+        let o = CreateOptions {
+            size,
+            extended_l2: extended,
+            backing_file: Some("base.raw".into()),
+            backing_format: Some("raw".into()),
+            ..Default::default()
+        };
+        make(&dir, "a.qcow2", &o);
+        attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        resize(&engine, 2 << 20, Preallocation::Off).unwrap();
+        detach(&engine).unwrap();
+        let mut model = vec![0; 2 << 20];
+        model[..size as usize].fill(7);
+        agree(&dir, "grown over a backing file", &model);
+    }
+    for prealloc in [Preallocation::Metadata, Preallocation::Falloc, Preallocation::Full] {
+        let dir = Scratch::new();
+        let o = CreateOptions { size: 1 << 20, cluster_size: 4096, ..Default::default() };
+        make(&dir, "a.qcow2", &o);
+        attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        resize(&engine, 3 << 20, prealloc).unwrap();
+        detach(&engine).unwrap();
+        agree(&dir, &format!("{prealloc:?}"), &vec![0; 3 << 20]);
+        let (_, out, _) = qemu_img(&dir, &["check", "-f", "qcow2", "--output=json", "a.qcow2"]);
+        assert!(out.contains("\"allocated-clusters\": 512"), "{prealloc:?}: {out}");
+    }
+}
+
+/// Goal: the refcount table grows when the file outgrows it. Method: 512-byte clusters with 64-bit counters: one table
+/// cluster counts 2 MiB; 7 MiB are written.
+#[test]
+fn refcount_table_grows() {
+    let engine = start(1);
+    let dir = Scratch::new();
+    let size = 7 << 20;
+    let o = CreateOptions { size, cluster_size: 512, refcount_bits: 64, ..Default::default() };
+    make(&dir, "a.qcow2", &o);
+    let model = data(size, 4);
+    let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+    for at in (0..size).step_by(256 << 10) {
+        write(&engine, root, at, &model[at as usize..(at + (256 << 10)) as usize], Flags::NONE).unwrap();
+    }
+    detach(&engine).unwrap();
+    agree(&dir, "grown table", &model);
+}
+
+/// Goal: an image that a QEMU process left dirty is repaired when it is opened for writing, and only then. Method:
+/// qemu-io aborts in the middle of lazy refcounts.
+#[test]
+fn dirty_images_are_repaired() {
+    let engine = start(1);
+    for opts in
+        ["lazy_refcounts=on", "lazy_refcounts=on,cluster_size=512", "lazy_refcounts=on,extended_l2=on"]
+    {
+        let dir = Scratch::new();
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "4M"]);
+        qemu_io(&dir, &["-f", "qcow2", "-c", "write -P 5 1M 300k", "-c", "flush", "-c", "abort", "a.qcow2"]);
+        let before = std::fs::read(dir.path("a.qcow2")).unwrap();
+        assert_eq!(before[79] & 1, 1, "{opts}: the peer left the dirty bit");
+        attach(&engine, json(&dir, "a.qcow2", json!({"read-only": true})), false).unwrap();
+        detach(&engine).unwrap();
+        assert!(std::fs::read(dir.path("a.qcow2")).unwrap() == before);
+        let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        write(&engine, root, 0, &[6; 1000], Flags::NONE).unwrap();
+        detach(&engine).unwrap();
+        let mut model = vec![0; 4 << 20];
+        model[..1000].fill(6);
+        model[1 << 20..(1 << 20) + (300 << 10)].fill(5);
+        agree(&dir, opts, &model);
+    }
+}
+
+/// Goal: damage is refused with the peer's words, and features we do not keep are handed on. Method: the corrupt bit, an
+/// unknown autoclear bit, an unknown incompatible bit, a name that is not a path.
+#[test]
+fn refusals_and_features_at_open() {
+    let engine = start(1);
+    let dir = Scratch::new();
+    let patch = |at: u64, bytes: &[u8]| {
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+        let f = std::fs::OpenOptions::new().write(true).open(dir.path("a.qcow2")).unwrap();
+        f.write_all_at(bytes, at).unwrap();
+    };
+    let fails = |extra: serde_json::Value, writable: bool| {
+        let e = attach(&engine, json(&dir, "a.qcow2", extra), writable).unwrap_err();
+        detach(&engine).unwrap();
+        e.message
+    };
+    patch(79, &[2]);
+    assert_eq!(fails(json!({}), true), "qcow2: Image is corrupt; cannot be opened read/write");
+    attach(&engine, json(&dir, "a.qcow2", json!({"read-only": true})), false).unwrap();
+    detach(&engine).unwrap();
+    patch(78, &[0x10]);
+    assert!(fails(json!({}), true).starts_with("Unsupported qcow2 feature(s): "));
+    patch(95, &[0x80]);
+    attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+    detach(&engine).unwrap();
+    assert_eq!(std::fs::read(dir.path("a.qcow2")).unwrap()[95], 0);
+    qemu_img(&dir, &["create", "-q", "-u", "-f", "qcow2", "-b", "json:{}", "-F", "raw", "a.qcow2", "1M"]);
+    assert!(fails(json!({}), true).contains("only plain paths"));
+    attach(&engine, json(&dir, "a.qcow2", json!({"backing": null})), true).unwrap();
+    detach(&engine).unwrap();
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", "data_file=d.raw", "a.qcow2", "1M"]);
+    assert_eq!(fails(json!({}), true), "'data-file' is required for this image");
+}
