@@ -20,9 +20,14 @@ use ringblock_engine::host::linux::lock::{ImageLock, LockPerms};
 use ringblock_engine::host::linux::open::FileKind;
 use ringblock_engine::host::linux::resize::Prealloc;
 use ringblock_engine::host::{Access, File, OpenOptions};
+use ringblock_engine::timer::Sleep;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicI32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
+
+/// How often, and how long apart, a refused image lock is asked for again: 300 ms in all.
+const LOCK_TRIES: u32 = 10;
+const LOCK_PAUSE_NS: u64 = 30_000_000;
 
 /// Bit of a descriptor's place that says it can write.
 pub(super) const WRITABLE: usize = 1;
@@ -288,14 +293,25 @@ impl State {
     }
 
     /// Changes the permissions behind the image locks; the calls may sleep, so they run on the blocking pool.
+    ///
+    /// A process that was killed keeps its locks until the kernel has let go of its ring's files, some milliseconds
+    /// later. Whoever restarts it at once must not be turned away, so a refusal is believed only after a while.
     pub(super) async fn lock_prepare(&self, used: u8, shared: u8) -> Result<(), Error> {
         let shared = if locked(&self.mode).force_share { perm::ALL } else { shared };
-        let lock = self.lock.clone();
-        let prepare = move || match locked(&lock).as_mut() {
-            Some(lock) => lock.prepare(LockPerms::from_bits(used), LockPerms::from_bits(shared)),
-            None => Ok(()),
-        };
-        Core::current().blocking(prepare).await
+        let mut tries = 0;
+        loop {
+            let lock = self.lock.clone();
+            let prepare = move || match locked(&lock).as_mut() {
+                Some(lock) => lock.prepare(LockPerms::from_bits(used), LockPerms::from_bits(shared)),
+                None => Ok(()),
+            };
+            let done = Core::current().blocking(prepare).await;
+            if done.is_ok() || tries == LOCK_TRIES {
+                return done;
+            }
+            tries += 1;
+            Sleep::ns(LOCK_PAUSE_NS).await;
+        }
     }
 
     pub(super) async fn resize(&self, size: u64, prealloc: Preallocation) -> Result<(), Error> {
