@@ -19,8 +19,10 @@
 
 pub mod cli;
 pub mod daemon;
+pub mod img;
 pub mod qmp;
 mod storage;
+pub mod tool;
 
 pub use ringblock_drivers as drivers;
 pub use ringblock_drivers::options;

@@ -1,7 +1,9 @@
-//! The Ringblock program: `ringblock serve`, and under the name of `qemu-storage-daemon` that.
+//! The Ringblock program: one binary, many commands, also by the names of QEMU's tools.
 
 use ringblock::cli::{self, Flavour, Parsed};
 use ringblock::daemon;
+use ringblock::img;
+use ringblock::tool::Tool;
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;
@@ -10,6 +12,7 @@ const USAGE: &str = "\
 Usage: ringblock COMMAND [ARGUMENT]...
 
   serve    serve a disk over NBD (serve --help tells more)
+  img      images at rest: create, info, check, map, convert, compare, resize, bench
 
   -h, --help       this text
   -V, --version    the version
@@ -22,9 +25,13 @@ fn main() -> ExitCode {
     if name == "qemu-storage-daemon" {
         return serve(&name, Flavour::StorageDaemon, args);
     }
+    if name == "qemu-img" {
+        return tool(&name, &called.to_string_lossy(), args, img::main);
+    }
     let command = args.next().unwrap_or_default();
     match command.to_string_lossy().as_ref() {
         "serve" => serve("ringblock", Flavour::Serve, args),
+        "img" => tool("ringblock", "ringblock img", args, img::main),
         "-h" | "--help" | "help" => print(USAGE),
         "-V" | "--version" => print(concat!("ringblock ", env!("CARGO_PKG_VERSION"), "\n")),
         "" => {
@@ -52,6 +59,24 @@ fn serve(program: &str, flavour: Flavour, args: impl Iterator<Item = OsString>) 
         Ok(Parsed::Print(text)) => print(&text),
         Err(e) => {
             eprintln!("{program}: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Runs one of the command line tools.
+fn tool(
+    name: &str,
+    command: &str,
+    args: impl Iterator<Item = OsString>,
+    main: fn(&Tool, &[String]) -> i32,
+) -> ExitCode {
+    let tool = Tool { name: name.to_owned(), command: command.to_owned() };
+    let args: Result<Vec<String>, OsString> = args.map(OsString::into_string).collect();
+    match args {
+        Ok(args) => ExitCode::from(u8::try_from(main(&tool, &args)).unwrap_or(1)),
+        Err(bad) => {
+            tool.error(format!("Argument {bad:?} is not valid UTF-8"));
             ExitCode::FAILURE
         }
     }

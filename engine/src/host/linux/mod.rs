@@ -20,6 +20,7 @@ pub mod probe;
 pub mod resize;
 pub mod signals;
 mod sys;
+pub mod time;
 
 /// fallocate(2): the length of the file stays as it is.
 pub const FALLOC_KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;

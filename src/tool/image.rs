@@ -1,0 +1,270 @@
+//! Opening an image for a tool: from what the user typed to a root.
+//!
+//! Invariants: without a named format the image is probed through a read-only node of its own that is gone before the
+//! real one opens; a raw image that was only guessed guards its first sector when it is writable; whatever is opened
+//! here is closed by [`Image::close`] or at the end of the tool.
+//!
+//! ```text
+//! Source { name, format | image options } ─► tree ─► [probe] ─► BlockdevOptions + how to open ─► Graph ─► Root
+//! ```
+
+use super::cache::Cache;
+use super::{Tool, err, names};
+use ringblock_drivers::format::probe;
+use ringblock_drivers::open::{self, How};
+use ringblock_drivers::options::blockdev::{BlockdevDriver, BlockdevOptions};
+use ringblock_drivers::options::types::{
+    BlockdevAioOptions, BlockdevCacheOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions,
+};
+use ringblock_drivers::options::{Mode, Value, from_tree};
+use ringblock_engine::Error;
+use ringblock_engine::driver::perm;
+use ringblock_engine::graph::{Graph, NodeId, NodeInfo, RootSpec};
+use ringblock_engine::mem::Buf;
+use ringblock_engine::path::Root;
+
+/// What the user typed to say which image.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Source {
+    /// File name, or the argument of `--image-opts`.
+    pub name: String,
+    /// `-f`.
+    pub format: Option<String>,
+    /// Whether `name` is a list of options.
+    pub image_opts: bool,
+}
+
+/// How to open it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Access {
+    /// Writes are allowed.
+    pub write: bool,
+    /// The size may change (with `write`).
+    pub resize: bool,
+    /// Cache mode.
+    pub cache: Cache,
+    /// Takes no locks that would keep writers away.
+    pub force_share: bool,
+    /// Discards are passed on.
+    pub unmap: bool,
+    /// Writes of zeroes are looked for.
+    pub detect_zeroes: bool,
+    /// The backing file is not opened.
+    pub no_backing: bool,
+    /// aio mode, if named: only its checks matter.
+    pub aio: Option<BlockdevAioOptions>,
+}
+
+/// An open image.
+#[derive(Clone, Debug)]
+pub struct Image {
+    /// As the user typed it.
+    pub name: String,
+    /// Where requests enter.
+    pub root: Root,
+    /// Name of the top node.
+    pub node: String,
+    /// Its number.
+    pub id: NodeId,
+    /// Size in bytes when it was opened.
+    pub size: u64,
+    /// Its driver.
+    pub format: &'static str,
+    /// How it was opened.
+    pub access: Access,
+}
+
+impl Source {
+    /// A file by name.
+    pub fn file(name: impl Into<String>, format: Option<&str>) -> Source {
+        Source { name: name.into(), format: format.map(str::to_owned), image_opts: false }
+    }
+
+    /// The typed options, without regard to how it will be opened. `true` if the format was guessed.
+    pub async fn options(&self) -> Result<(BlockdevOptions, bool), Error> {
+        let mut tree = if self.image_opts {
+            names::from_options(&self.name)?
+        } else {
+            names::from_name(&self.name, self.format.as_deref())?
+        };
+        let guessed = fill_format(&mut tree).await?;
+        Ok((from_tree(&tree, Mode::Keyval)?, guessed))
+    }
+
+    /// Opens it. Errors begin with "Could not open 'NAME': ".
+    pub async fn open(&self, tool: &Tool, access: Access) -> Result<Image, Error> {
+        let opened = self.open_quietly(tool, access).await;
+        opened.map_err(|e| e.context(format_args!("Could not open '{}'", self.name)))
+    }
+
+    async fn open_quietly(&self, _tool: &Tool, access: Access) -> Result<Image, Error> {
+        let (mut options, guessed) = self.options().await?;
+        let raw = matches!(options.driver, BlockdevDriver::Raw(_));
+        let probed = guessed && raw && access.write;
+        if probed {
+            warn_guess(&self.name);
+        }
+        access.apply(&mut options);
+        let how = How { probed, ..How::default() };
+        attach(&self.name, options, how, access).await
+    }
+}
+
+impl Access {
+    /// Writes what is asked for into options, where the user did not say otherwise.
+    pub fn apply(&self, options: &mut BlockdevOptions) {
+        let base = &mut options.base;
+        base.read_only.get_or_insert(!self.write);
+        let cache = base.cache.get_or_insert_with(BlockdevCacheOptions::default);
+        cache.direct.get_or_insert(self.cache.direct);
+        cache.no_flush.get_or_insert(self.cache.no_flush);
+        if self.force_share {
+            base.force_share = Some(true);
+        }
+        if self.unmap {
+            base.discard.get_or_insert(BlockdevDiscardOptions::Unmap);
+        }
+        if self.detect_zeroes {
+            base.detect_zeroes.get_or_insert(BlockdevDetectZeroesOptions::Unmap);
+        }
+        if self.no_backing
+            && let BlockdevDriver::Qcow2(o) = &mut options.driver
+        {
+            o.backing = Some(ringblock_drivers::options::blockdev::BlockdevRefOrNull::Null(()));
+        }
+        if let (Some(aio), Some(file)) = (self.aio, protocol_options(options)) {
+            file.aio.get_or_insert(aio);
+        }
+    }
+
+    fn perms(&self) -> u8 {
+        let write = if self.write { perm::WRITE } else { 0 };
+        let resize = if self.write && self.resize { perm::RESIZE } else { 0 };
+        perm::CONSISTENT_READ | write | resize
+    }
+}
+
+/// The options of the host file at the bottom, where they stand in place.
+fn protocol_options(
+    options: &mut BlockdevOptions,
+) -> Option<&mut ringblock_drivers::options::blockdev::BlockdevOptionsFile> {
+    use ringblock_drivers::options::blockdev::BlockdevRef::Definition;
+    match &mut options.driver {
+        BlockdevDriver::File(f) | BlockdevDriver::HostDevice(f) => Some(f),
+        BlockdevDriver::Raw(r) => match &mut r.file {
+            Definition(below) => protocol_options(below),
+            _ => None,
+        },
+        BlockdevDriver::Qcow2(q) => match &mut q.file {
+            Definition(below) => protocol_options(below),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+/// Adds the node to the graph and a root on it.
+pub async fn attach(name: &str, options: BlockdevOptions, how: How, access: Access) -> Result<Image, Error> {
+    attach_sharing(name, options, how, access, perm::ALL).await
+}
+
+/// As [`attach`], for one who lets others do only what is in `shared` (bits of [`perm`]).
+pub async fn attach_sharing(
+    name: &str,
+    options: BlockdevOptions,
+    how: How,
+    access: Access,
+    shared: u8,
+) -> Result<Image, Error> {
+    let graph = Graph::current();
+    let node = graph.add(open::node_with(options, how)?).await?;
+    let spec = RootSpec {
+        node: node.clone(),
+        perm: access.perms(),
+        shared,
+        user: "a command line tool".into(),
+        throttle: None,
+    };
+    let root = match graph.attach(spec).await {
+        Ok(root) => root,
+        Err(e) => {
+            // the node alone is of no use; its own error could only hide this one
+            let _ = graph.del(&node).await;
+            return Err(e);
+        }
+    };
+    let info = graph.info().nodes.into_iter().find(|n| n.name == node);
+    let info = info.ok_or_else(|| Error::invalid("The node is gone"))?;
+    let size = root.size()?;
+    let (id, format) = (info.id, info.driver.name());
+    Ok(Image { name: name.to_owned(), root, node, id, size, format, access })
+}
+
+impl Image {
+    /// Closes it. What is written but not flushed may be lost in a crash; errors are those of closing its metadata.
+    pub async fn close(self) -> Result<(), Error> {
+        let graph = Graph::current();
+        graph.detach(self.root).await?;
+        graph.del(&self.node).await
+    }
+
+    /// The top node.
+    pub fn info(&self) -> Option<NodeInfo> {
+        Graph::current().info().nodes.into_iter().find(|n| n.id == self.id)
+    }
+
+    /// The node below the top one on an edge.
+    pub fn child(&self, edge: &str) -> Option<NodeInfo> {
+        let info = Graph::current().info();
+        let top = info.nodes.iter().find(|n| n.id == self.id)?;
+        let id = top.edges.iter().find(|e| e.name == edge)?.node;
+        info.nodes.into_iter().find(|n| n.id == id)
+    }
+}
+
+/// Gives every image in the tree whose format nobody named the one it looks like; says whether the top one was guessed.
+async fn fill_format(tree: &mut Value) -> Result<bool, Error> {
+    let Some(map) = tree.as_object_mut() else { return Ok(false) };
+    let mut guessed = false;
+    if !map.contains_key("driver") {
+        let file = map.get("file").cloned().unwrap_or(Value::Null);
+        let format = match file {
+            Value::Object(_) => probe_node(&file).await?,
+            _ => return Err(Error::invalid("Must specify either driver or file")),
+        };
+        map.insert("driver".into(), format.into());
+        guessed = true;
+    }
+    if let Some(backing @ Value::Object(_)) = map.get_mut("backing") {
+        Box::pin(fill_format(backing)).await?;
+    }
+    Ok(guessed)
+}
+
+/// The format that the bytes of a protocol node look like. Errors: it cannot be opened or read.
+async fn probe_node(tree: &Value) -> Result<&'static str, Error> {
+    let options: BlockdevOptions = from_tree(tree, Mode::Keyval)?;
+    let head = head(options).await?;
+    Ok(probe::probe(&head))
+}
+
+/// The first bytes of a node that is opened only for that, without keeping anyone from using it.
+async fn head(mut options: BlockdevOptions) -> Result<Vec<u8>, Error> {
+    let access = Access { force_share: true, ..Access::default() };
+    access.apply(&mut options);
+    options.base.node_name = None;
+    let image = attach("", options, How::default(), access).await?;
+    let len = image.size.min(probe::HEAD as u64) as usize;
+    let (done, buf) = image.root.read(0, Buf::new(len)).await;
+    image.close().await?;
+    done.map_err(|e| Error::io(e, "Could not read image for determining its format"))?;
+    Ok(buf.to_vec())
+}
+
+fn warn_guess(name: &str) {
+    err(&format!(
+        "WARNING: Image format was not specified for '{name}' and probing guessed raw.\n         \
+         Automatically detecting the format is dangerous for raw images, write operations on block 0 will be restricted.\n         \
+         Specify the 'raw' format explicitly to remove the restrictions.\n"
+    ));
+}
