@@ -20,7 +20,8 @@ use ringblock_engine::mem::Buf;
 use ringblock_engine::units::HostOffset;
 
 use super::entry::{
-    BadEntry, COPIED, EntryFormat, L1_RESERVED, L2Entry, OFFSET_MASK, REFTABLE_RESERVED, RawEntry,
+    BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK, REFTABLE_RESERVED,
+    RawEntry,
 };
 use super::geometry::{Geometry, HostCluster};
 use super::header::Header;
@@ -204,7 +205,6 @@ impl<'a> Check<'a> {
 
     async fn count_l1(&mut self, at: HostOffset, table: &[u64], active: bool) -> Result<(), Error> {
         self.count(at.0, table.len() as u64 * 8);
-        let mut next = None;
         for (i, &entry) in table.iter().enumerate() {
             if entry == 0 {
                 continue;
@@ -224,7 +224,7 @@ impl<'a> Check<'a> {
                 continue;
             }
             let words = self.read_l2(HostOffset(l2)).await?;
-            self.count_l2(&words, active, &mut next);
+            self.count_l2(&words, active);
         }
         Ok(())
     }
@@ -233,15 +233,19 @@ impl<'a> Check<'a> {
         read_table(self.file, at, self.g.cluster_size(), "Could not read L2 table").await
     }
 
-    fn count_l2(&mut self, words: &[u64], active: bool, next: &mut Option<u64>) {
+    fn count_l2(&mut self, words: &[u64], active: bool) {
+        let mut next = None;
         let step = if self.g.extended { 2 } else { 1 };
         for entry in words.chunks_exact(step) {
             let raw = RawEntry { word: entry[0], bitmap: entry.get(1).copied().unwrap_or(0) };
             if raw == RawEntry::default() {
                 continue;
             }
+            if raw.word & super::entry::COMPRESSED == 0 && raw.word & L2_RESERVED != 0 {
+                self.report.corrupt(format!("found l2 entry with reserved bits set: {:x}", raw.word));
+            }
             match self.format.decode(raw) {
-                Ok(e) => self.count_entry(e, active, next),
+                Ok(e) => self.count_entry(e, active, &mut next),
                 Err(bad) => self.bad_entry(raw, bad),
             }
         }

@@ -18,6 +18,8 @@ mod alloc;
 mod bitmaps;
 mod bytes;
 pub mod check;
+#[cfg(test)]
+mod check_tests;
 mod claim;
 mod claims;
 pub mod compress;

@@ -13,9 +13,9 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use ringblock_engine::Errno;
 use ringblock_engine::driver::{Access, Extents, LocalFuture, Lookup, Map, Target};
 use ringblock_engine::mem::Buf;
+use ringblock_engine::{Errno, Error};
 
 use super::entry::EntryFormat;
 use super::io::{Runtime, Store};
@@ -293,12 +293,26 @@ impl Disk {
         below: Option<Rc<SimFile>>,
         frames: Option<u32>,
     ) -> Rc<Disk> {
-        let header = read_header(&*file).await.unwrap();
-        let g = header.geometry().unwrap();
-        let sizes = CacheOptions::default().sizes(&g, header.size).unwrap();
-        let l1 = read_table(&*file, header.l1_offset, u64::from(header.l1_size) * 8, "L1").await.unwrap();
+        Disk::open_with(sim, file, below, frames).await.unwrap()
+    }
+
+    /// The same for an image that may be broken.
+    pub(super) async fn try_open(sim: &Rc<Sim>, file: Rc<SimFile>) -> Result<Rc<Disk>, Error> {
+        Disk::open_with(sim, file, None, None).await
+    }
+
+    async fn open_with(
+        sim: &Rc<Sim>,
+        file: Rc<SimFile>,
+        below: Option<Rc<SimFile>>,
+        frames: Option<u32>,
+    ) -> Result<Rc<Disk>, Error> {
+        let header = read_header(&*file).await?;
+        let g = header.geometry()?;
+        let sizes = CacheOptions::default().sizes(&g, header.size)?;
+        let l1 = read_table(&*file, header.l1_offset, u64::from(header.l1_size) * 8, "L1").await?;
         let bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
-        let reftable = read_table(&*file, header.reftable_offset, bytes, "refcounts").await.unwrap();
+        let reftable = read_table(&*file, header.reftable_offset, bytes, "refcounts").await?;
         let format = EntryFormat::of(&header, g);
         let frames = frames.unwrap_or(sizes.frames);
         let shared = Arc::new(Shared::new(format, header.size, frames, 0, below.as_ref().map(|_| 1)));
@@ -309,12 +323,12 @@ impl Disk {
             clean_interval: 0,
             data_child: 0,
         };
-        let file_size = file.size().unwrap();
+        let file_size = file.size()?;
         let parts = Parts { shared: shared.clone(), header, geometry: g, l1, reftable, file_size, settings };
         let store = |f: &Rc<SimFile>| -> Rc<dyn Store> { f.clone() };
         let files = Files { file: store(&file), data: None, below: below.as_ref().map(store) };
         let image = Image::new(parts, files, Rc::new(SimRuntime(sim.clone())));
-        Rc::new(Disk { image, shared, file, below, sim: sim.clone() })
+        Ok(Rc::new(Disk { image, shared, file, below, sim: sim.clone() }))
     }
 
     fn pin(&self) -> Pin<'_> {
@@ -337,6 +351,7 @@ impl Disk {
                     self.image.fault(super::geometry::SliceIndex(key)).await?;
                     continue;
                 }
+                Lookup::Bad(e) => return Err(e),
                 other => panic!("read: {other:?}"),
             }
             for e in extents.as_slice() {

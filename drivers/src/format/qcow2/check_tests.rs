@@ -1,0 +1,256 @@
+//! The checker against qemu-img, on damaged images; repair; and images made to do harm.
+
+use std::path::Path;
+use std::rc::Rc;
+
+use ringblock_engine::Errno;
+use ringblock_engine::driver::Punch;
+
+use super::check::{self, CheckReport, Repair};
+use super::simkit::{Disk, Sim, SimFile};
+use super::testkit::{Random, Scratch, qemu_img, qemu_io};
+
+/// Our report on an image in memory, and the image afterwards.
+fn ours(bytes: Vec<u8>, fix: Repair) -> (Result<CheckReport, String>, Vec<u8>) {
+    let sim = Sim::new(1);
+    let file = SimFile::new(&sim, bytes);
+    let f = file.clone();
+    let report = sim.run(async move { check::run(&*f, fix).await.map_err(|e| e.message) });
+    (report, file.content())
+}
+
+/// A number in the JSON of qemu-img, 0 where it is left out.
+fn number(json: &str, name: &str) -> u64 {
+    let Some(at) = json.find(&format!("\"{name}\": ")) else { return 0 };
+    json[at + name.len() + 4..]
+        .chars()
+        .take_while(char::is_ascii_digit)
+        .collect::<String>()
+        .parse()
+        .unwrap_or(0)
+}
+
+/// An image with something of everything.
+fn sample(dir: &Scratch, opts: &str) -> Vec<u8> {
+    qemu_img(dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "1M"]);
+    qemu_io(dir, &["-f", "qcow2", "-c", "write -P 1 0 200k", "-c", "write -c -P 2 512k 64k", "a.qcow2"]);
+    if !opts.contains("data_file") {
+        qemu_img(dir, &["snapshot", "-c", "s", "a.qcow2"]);
+    }
+    qemu_io(dir, &["-f", "qcow2", "-c", "write -P 3 100k 30k", "-c", "write -z 700k 128k", "a.qcow2"]);
+    std::fs::read(dir.path("a.qcow2")).unwrap()
+}
+
+fn peer(dir: &Scratch, bytes: &[u8]) -> (i32, String) {
+    std::fs::write(dir.path("b.qcow2"), bytes).unwrap();
+    let (rc, out, err) = qemu_img(dir, &["check", "-f", "qcow2", "--output=json", "b.qcow2"]);
+    (rc, out + &err)
+}
+
+/// Goal: on sound images the numbers are those of qemu-img. Method: several geometries, all fields compared.
+#[test]
+fn sound_images_get_the_same_numbers() {
+    for opts in [
+        "cluster_size=64k",
+        "cluster_size=512",
+        "extended_l2=on",
+        "refcount_bits=64,compat=v3",
+        "data_file=d",
+    ] {
+        let dir = Scratch::new();
+        let bytes = sample(&dir, opts);
+        let (rc, out) = peer(&dir, &bytes);
+        let report = ours(bytes, Repair::None).0.unwrap();
+        assert!(rc == 0 && report.is_clean(), "{opts}: {out} {report:?}");
+        let mine = [
+            report.total_clusters,
+            report.allocated_clusters,
+            report.fragmented_clusters,
+            report.compressed_clusters,
+            report.image_end_offset,
+        ];
+        let names = [
+            "total-clusters",
+            "allocated-clusters",
+            "fragmented-clusters",
+            "compressed-clusters",
+            "image-end-offset",
+        ];
+        assert_eq!(mine, names.map(|n| number(&out, n)), "{opts}: {out}");
+    }
+}
+
+/// Goal: what qemu-img calls damaged is damaged here too, and the other way round, with the same kind of finding.
+/// Method: random changes of 8 bytes in tables of a small image; both report; repair -r all then satisfies both.
+#[test]
+fn damaged_images_get_the_same_verdict() {
+    let dir = Scratch::new();
+    let good = sample(&dir, "cluster_size=4k");
+    let mut random = Random::new(11);
+    let (mut wrong, mut damaged) = (Vec::new(), 0);
+    for round in 0..250 {
+        let mut bytes = good.clone();
+        // Tables only: damage to guest data is none of a checker's business.
+        let at = loop {
+            let at = random.below(bytes.len() as u64 / 8) * 8;
+            if at >= 4096
+                && bytes[at as usize..at as usize + 8] != [1; 8]
+                && bytes[at as usize..at as usize + 8] != [3; 8]
+            {
+                break at as usize;
+            }
+        };
+        match random.below(3) {
+            0 => bytes[at + random.below(8) as usize] ^= 1 << random.below(8),
+            1 => bytes[at..at + 8].fill(0),
+            _ => bytes[at + 6] ^= 0x10,
+        }
+        let (rc, out) = peer(&dir, &bytes);
+        let verdict = match ours(bytes.clone(), Repair::None).0 {
+            Err(_) => 1,
+            Ok(r) if r.corruptions + r.check_errors > 0 => 2,
+            Ok(r) => i32::from(r.leaks > 0) * 3,
+        };
+        damaged += i32::from(verdict != 0);
+        if rc != verdict {
+            wrong.push(format!("round {round} at {at:#x}: peer {rc}, here {verdict}: {out}"));
+        }
+    }
+    assert!(damaged > 20, "{damaged} of the changes mattered");
+    assert!(wrong.is_empty(), "{} differ:\n{}", wrong.len(), wrong.join("\n"));
+}
+
+/// Goal: repair puts refcounts and flags right without changing what the guest reads, and doing it again changes nothing.
+/// Method: refcounts raised, lowered and cleared at random; repaired; qemu-img checks and compares.
+#[test]
+fn repair_puts_refcounts_right() {
+    for opts in ["cluster_size=4k", "cluster_size=512", "cluster_size=512,refcount_bits=64", "extended_l2=on"]
+    {
+        let dir = Scratch::new();
+        let good = sample(&dir, opts);
+        std::fs::write(dir.path("good.qcow2"), &good).unwrap();
+        let header = super::header::Header::parse(&good[..1 << 9.max(good[23])]).unwrap();
+        let g = header.geometry().unwrap();
+        let table = header.reftable_offset.0 as usize;
+        let block = u64::from_be_bytes(good[table..table + 8].try_into().unwrap()) as usize;
+        let mut random = Random::new(5);
+        for round in 0..20 {
+            let mut bytes = good.clone();
+            for _ in 0..=random.below(5) {
+                let c = super::geometry::InBlock(random.below(g.refblock_entries().min(200)));
+                let part = &mut bytes[block..block + g.cluster_size() as usize];
+                assert!(super::refcount::set(part, g.refcount_order, c, random.below(4)));
+            }
+            if random.below(4) == 0 {
+                bytes[table..table + 8].fill(0);
+            }
+            let (report, fixed) = ours(bytes, Repair::All);
+            let report = report.unwrap();
+            assert!(report.is_clean(), "{opts} round {round}: {report:?}");
+            let (rc, out) = peer(&dir, &fixed);
+            assert_eq!(rc, 0, "{opts} round {round}: {out}");
+            let (rc, out, err) =
+                qemu_img(&dir, &["compare", "-f", "qcow2", "-F", "qcow2", "b.qcow2", "good.qcow2"]);
+            assert_eq!(rc, 0, "{opts} round {round}: {out}{err}");
+            assert!(
+                ours(fixed.clone(), Repair::All).1 == fixed,
+                "{opts} round {round}: repair is a fixpoint"
+            );
+        }
+    }
+}
+
+/// Goal: leaks alone are taken back in place; lower refcounts are left to a full repair. Method: one of each.
+#[test]
+fn leaks_are_taken_back() {
+    let dir = Scratch::new();
+    let good = sample(&dir, "cluster_size=64k");
+    let at = 0x20000 + 200 * 2 + 1;
+    let mut bytes = good.clone();
+    bytes[at] = 1;
+    bytes.resize(201 * 65536, 0);
+    let (report, fixed) = ours(bytes.clone(), Repair::Leaks);
+    let report = report.unwrap();
+    assert_eq!((report.leaks_fixed, report.is_clean()), (1, true), "{report:?}");
+    assert_eq!(peer(&dir, &fixed).0, 0);
+    bytes[0x20000 + 3] = 0;
+    let report = ours(bytes, Repair::Leaks).0.unwrap();
+    assert!(report.messages.iter().any(|m| m == "ERROR need to rebuild refcount structures"), "{report:?}");
+}
+
+/// Goal: no image, however mangled, makes a reader, a writer or the checker panic, hang or use memory without bound.
+/// Method: random changes all over an image, opened, read, written, punched and flushed; errors are fine.
+#[test]
+fn mangled_images_do_not_panic() {
+    for (n, opts) in
+        ["cluster_size=512", "cluster_size=4k,refcount_bits=1", "extended_l2=on,cluster_size=16k"]
+            .iter()
+            .enumerate()
+    {
+        let dir = Scratch::new();
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "300k"]);
+        qemu_io(&dir, &["-f", "qcow2", "-c", "write -P 1 0 100k", "-c", "write -c -P 2 192k 64k", "a.qcow2"]);
+        let good = std::fs::read(dir.path("a.qcow2")).unwrap();
+        let mut random = Random::new(n as u64 + 1);
+        for _ in 0..400 {
+            let mut bytes = good.clone();
+            for _ in 0..=random.below(6) {
+                let at = random.below(bytes.len() as u64 - 8) as usize;
+                let near = at & !7;
+                match random.below(4) {
+                    0 => bytes[at] = random.next() as u8,
+                    1 => bytes[near] ^= 0x80,
+                    2 => bytes[near..near + 8]
+                        .copy_from_slice(&(random.below(400) << 9 | random.below(2) << 63).to_be_bytes()),
+                    _ => bytes[near..near + 8].fill(random.next() as u8),
+                }
+            }
+            let (_, _) = ours(bytes.clone(), Repair::All);
+            use_it(bytes, &mut random);
+        }
+    }
+}
+
+/// Opens and uses an image; errors are fine.
+fn use_it(bytes: Vec<u8>, random: &mut Random) {
+    let sim = Sim::new(random.next());
+    let file = SimFile::new(&sim, bytes);
+    let seed = random.next();
+    let (s, f) = (sim.clone(), file.clone());
+    sim.run(async move {
+        let Ok(disk) = Disk::try_open(&s, f).await else { return };
+        let mut random = Random::new(seed);
+        let size = disk.shared.size().min(1 << 20) & !511;
+        if size == 0 {
+            return;
+        }
+        for _ in 0..20 {
+            let at = random.below(size / 512) * 512;
+            let end = (at + 512 * (1 + random.below(100))).min(size);
+            let _: Result<(), Errno> = match random.below(4) {
+                0 => disk.read(at..end).await.map(drop),
+                1 => disk.write(at, &vec![9; (end - at) as usize]).await,
+                2 => disk.image.punch(at..end, Punch::Discard).await,
+                _ => disk.image.flush().await,
+            };
+        }
+        let _ = disk.image.close().await;
+        let _: Rc<Disk> = disk;
+    });
+}
+
+/// Goal: the messages are those of qemu-img. Method: one leak and one low refcount.
+#[test]
+fn messages_are_those_of_qemu_img() {
+    let dir = Scratch::new();
+    let mut bytes = sample(&dir, "cluster_size=64k");
+    bytes[0x20000 + 4 * 2 + 1] = 9;
+    bytes[0x20000 + 3] = 0;
+    std::fs::write(dir.path("b.qcow2"), &bytes).unwrap();
+    let (_, out, err) = qemu_img(&dir, &["check", "-f", "qcow2", "b.qcow2"]);
+    let report = ours(bytes, Repair::None).0.unwrap();
+    for line in &report.messages {
+        assert!(format!("{out}{err}").contains(line.as_str()), "{line} is not in\n{out}{err}");
+    }
+    assert!(Path::new(&dir.path("b.qcow2")).exists() && report.messages.len() >= 2);
+}
