@@ -79,7 +79,8 @@ impl Storage {
         })
     }
 
-    /// All nodes, edges and roots as they are now.
+    /// All nodes, edges and roots as they are now. The drivers in it are for tasks of cores: elsewhere only their names
+    /// may be asked for.
     pub fn info(&self) -> GraphInfo {
         self.on_graph(|graph| Box::pin(async move { graph.info() }))
     }

@@ -132,10 +132,7 @@ pub fn qcow2(file: BlockdevRef) -> BlockdevOptionsQcow2 {
     BlockdevOptionsQcow2 {
         file,
         backing: None,
-        lazy_refcounts: None,
         pass_discard_request: None,
-        pass_discard_snapshot: None,
-        pass_discard_other: None,
         cache_size: None,
         l2_cache_size: None,
         l2_cache_entry_size: None,

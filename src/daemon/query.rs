@@ -3,6 +3,8 @@
 use super::Daemon;
 use crate::Error;
 use crate::qmp::dispatch::{Call, Registry};
+use ringblock_drivers::format::qcow2::Qcow2;
+use ringblock_drivers::format::qcow2::header::{CompressionType, Header, incompatible};
 use ringblock_drivers::options::types::{BlockdevDetectZeroesOptions, Empty};
 use ringblock_engine::driver::perm;
 use ringblock_engine::graph::{DetectZeroes, GraphInfo, NodeId, NodeInfo};
@@ -55,6 +57,8 @@ ringblock_drivers::qapi! {
         virtual_size: i64 = "virtual-size",
         /// Space that it takes on the host, in bytes.
         actual_size: Option<i64> = "actual-size",
+        /// Whether it was not closed properly.
+        dirty_flag: Option<bool> = "dirty-flag",
         /// Cluster size in bytes.
         cluster_size: Option<i64> = "cluster-size",
         /// File name of the image below.
@@ -65,6 +69,50 @@ ringblock_drivers::qapi! {
         backing_filename_format: Option<String> = "backing-filename-format",
         /// The image below.
         backing_image: Option<Box<ImageInfo>> = "backing-image",
+        /// What only its format has.
+        format_specific: Option<ImageInfoSpecific> = "format-specific",
+    }
+
+    /// What only one format has.
+    union ImageInfoSpecific {
+        base: Empty,
+        tag kind: ImageInfoSpecificKind = "type",
+        /// A qcow2 image.
+        Qcow2(ImageInfoSpecificQCow2Wrapper) = "qcow2",
+    }
+
+    /// A qcow2 image.
+    struct ImageInfoSpecificQCow2Wrapper {
+        /// What it has.
+        data: ImageInfoSpecificQCow2 = "data",
+    }
+
+    /// How compressed clusters are packed.
+    enum Qcow2CompressionType {
+        /// Deflate.
+        Zlib = "zlib",
+        /// Zstandard.
+        Zstd = "zstd",
+    }
+
+    /// What only qcow2 images have.
+    struct ImageInfoSpecificQCow2 {
+        /// The lowest version of QEMU that reads it.
+        compat: String = "compat",
+        /// File name of the external data file.
+        data_file: Option<String> = "data-file",
+        /// Whether that is readable as a raw image.
+        data_file_raw: Option<bool> = "data-file-raw",
+        /// Whether there are subclusters.
+        extended_l2: Option<bool> = "extended-l2",
+        /// Whether refcounts may be written late.
+        lazy_refcounts: Option<bool> = "lazy-refcounts",
+        /// Whether it is known to be broken.
+        corrupt: Option<bool> = "corrupt",
+        /// Bits of a refcount.
+        refcount_bits: i64 = "refcount-bits",
+        /// How compressed clusters are packed.
+        compression_type: Qcow2CompressionType = "compression-type",
     }
 
     /// A node.
@@ -254,9 +302,7 @@ type DaemonCall<'a> = Call<'a, Daemon>;
 pub(super) fn register(registry: &mut Registry<Daemon>) {
     registry.command("query-block", |_: &DaemonCall<'_>, _: Empty| Ok(Vec::<BlockInfo>::new()));
     registry.command("query-named-block-nodes", |call: &DaemonCall<'_>, args: QueryNamedBlockNodesArgs| {
-        let graph = call.context.storage()?.info();
-        let nested = !args.flat.unwrap_or(false);
-        Ok(graph.nodes.iter().map(|n| device_info(&graph, n, nested)).collect::<Vec<_>>())
+        call.context.query_named_block_nodes(!args.flat.unwrap_or(false))
     });
     registry.command("query-blockstats", |call: &DaemonCall<'_>, args: QueryBlockstatsArgs| {
         call.context.query_blockstats(args.query_nodes.unwrap_or(false))
@@ -267,6 +313,19 @@ pub(super) fn register(registry: &mut Registry<Daemon>) {
 }
 
 impl Daemon {
+    /// Drivers are asked on the graph's core; the host, which may be slow, is asked here.
+    fn query_named_block_nodes(&self, nested: bool) -> Result<Vec<BlockDeviceInfo>, Error> {
+        let storage = self.storage()?;
+        let files = storage.on_graph(|graph| Box::pin(async move { host_files(&graph.info()) }));
+        let sizes: Sizes = files.into_iter().map(|(id, name)| (id, host_size(&name))).collect();
+        Ok(storage.on_graph(move |graph| {
+            Box::pin(async move {
+                let view = View { graph: graph.info(), sizes, nested };
+                view.graph.nodes.iter().map(|n| view.device_info(n)).collect()
+            })
+        }))
+    }
+
     fn query_blockstats(&self, nodes: bool) -> Result<Vec<BlockStats>, Error> {
         let storage = self.storage()?;
         if !nodes {
@@ -338,64 +397,115 @@ fn child<'a>(graph: &'a GraphInfo, node: &NodeInfo, edge: &str) -> Option<&'a No
     graph.nodes.iter().find(|n| n.id == id)
 }
 
-fn device_info(graph: &GraphInfo, n: &NodeInfo, nested: bool) -> BlockDeviceInfo {
-    let mut depth = 0;
-    let mut below = child(graph, n, "backing");
-    let backing_file = below.map(|b| b.driver.filename());
-    while let Some(b) = below {
-        depth += 1;
-        below = child(graph, b, "backing");
+/// Space on the host by file node.
+type Sizes = BTreeMap<NodeId, i64>;
+
+fn host_files(graph: &GraphInfo) -> Vec<(NodeId, String)> {
+    let of_host = |n: &&NodeInfo| matches!(n.driver.name(), "file" | "host_device");
+    graph.nodes.iter().filter(of_host).map(|n| (n.id, n.driver.filename())).collect()
+}
+
+fn host_size(name: &str) -> i64 {
+    std::fs::metadata(name).map_or(0, |m| signed(m.blocks().saturating_mul(512)))
+}
+
+/// What the answer is made from.
+struct View {
+    graph: GraphInfo,
+    sizes: Sizes,
+    nested: bool,
+}
+
+impl View {
+    fn device_info(&self, n: &NodeInfo) -> BlockDeviceInfo {
+        let mut depth = 0;
+        let mut below = child(&self.graph, n, "backing");
+        let backing_file = below.map(|b| b.driver.filename());
+        while let Some(b) = below {
+            depth += 1;
+            below = child(&self.graph, b, "backing");
+        }
+        BlockDeviceInfo {
+            file: n.driver.filename(),
+            node_name: Some(n.name.clone()),
+            ro: n.flags.read_only,
+            drv: n.driver.name().into(),
+            backing_file,
+            backing_file_depth: depth,
+            encrypted: false,
+            active: true,
+            detect_zeroes: match n.flags.detect_zeroes {
+                DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
+                DetectZeroes::On => BlockdevDetectZeroesOptions::On,
+                DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
+            },
+            bps: 0,
+            bps_rd: 0,
+            bps_wr: 0,
+            iops: 0,
+            iops_rd: 0,
+            iops_wr: 0,
+            image: self.image_info(n),
+            cache: BlockdevCacheInfo {
+                writeback: true,
+                direct: n.common.direct,
+                no_flush: n.common.no_flush,
+            },
+            write_threshold: 0,
+        }
     }
-    BlockDeviceInfo {
-        file: n.driver.filename(),
-        node_name: Some(n.name.clone()),
-        ro: n.flags.read_only,
-        drv: n.driver.name().into(),
-        backing_file,
-        backing_file_depth: depth,
-        encrypted: false,
-        active: true,
-        detect_zeroes: match n.flags.detect_zeroes {
-            DetectZeroes::Off => BlockdevDetectZeroesOptions::Off,
-            DetectZeroes::On => BlockdevDetectZeroesOptions::On,
-            DetectZeroes::Unmap => BlockdevDetectZeroesOptions::Unmap,
+
+    fn image_info(&self, n: &NodeInfo) -> ImageInfo {
+        let backing = child(&self.graph, n, "backing");
+        let cluster = n.driver.limits().cluster_size;
+        let header = n.driver.as_any().downcast_ref::<Qcow2>().map(Qcow2::header);
+        ImageInfo {
+            filename: n.driver.filename(),
+            format: n.driver.name().into(),
+            virtual_size: signed(n.driver.size()),
+            actual_size: Some(self.actual_size(n)),
+            dirty_flag: header.as_ref().map(|h| h.has(incompatible::DIRTY)),
+            cluster_size: (cluster > 0).then(|| i64::from(cluster)),
+            backing_filename: match &header {
+                Some(h) => h.backing_file.clone(),
+                None => backing.map(|b| b.driver.filename()),
+            },
+            full_backing_filename: backing.map(|b| b.driver.filename()),
+            backing_filename_format: backing.map(|b| b.driver.name().into()),
+            backing_image: backing.filter(|_| self.nested).map(|b| Box::new(self.image_info(b))),
+            format_specific: header.map(|h| ImageInfoSpecific {
+                base: Empty {},
+                kind: ImageInfoSpecificKind::Qcow2(ImageInfoSpecificQCow2Wrapper { data: specific(&h) }),
+            }),
+        }
+    }
+
+    /// Space on the host of the files that a node keeps its own bytes in.
+    fn actual_size(&self, n: &NodeInfo) -> i64 {
+        if let Some(size) = self.sizes.get(&n.id) {
+            return *size;
+        }
+        let own = ["file", "data-file"].iter().filter_map(|e| child(&self.graph, n, e));
+        own.map(|c| self.actual_size(c)).fold(0, i64::saturating_add)
+    }
+}
+
+/// What only qcow2 images have, as it was when the image was opened.
+fn specific(h: &Header) -> ImageInfoSpecificQCow2 {
+    let v3 = h.version >= 3;
+    ImageInfoSpecificQCow2 {
+        compat: if v3 { "1.1" } else { "0.10" }.into(),
+        data_file: h.extensions.data_file.clone(),
+        data_file_raw: h.external_data().then(|| h.data_file_raw()),
+        extended_l2: v3.then(|| h.extended_l2()),
+        lazy_refcounts: v3.then(|| h.lazy_refcounts()),
+        corrupt: v3.then(|| h.has(incompatible::CORRUPT)),
+        refcount_bits: 1i64.checked_shl(h.refcount_order).unwrap_or(0),
+        compression_type: match h.compression {
+            CompressionType::Zlib => Qcow2CompressionType::Zlib,
+            CompressionType::Zstd => Qcow2CompressionType::Zstd,
         },
-        bps: 0,
-        bps_rd: 0,
-        bps_wr: 0,
-        iops: 0,
-        iops_rd: 0,
-        iops_wr: 0,
-        image: image_info(graph, n, nested),
-        cache: BlockdevCacheInfo { writeback: true, direct: n.common.direct, no_flush: n.common.no_flush },
-        write_threshold: 0,
     }
-}
-
-fn image_info(graph: &GraphInfo, n: &NodeInfo, nested: bool) -> ImageInfo {
-    let backing = child(graph, n, "backing");
-    let cluster = n.driver.limits().cluster_size;
-    ImageInfo {
-        filename: n.driver.filename(),
-        format: n.driver.name().into(),
-        virtual_size: signed(n.driver.size()),
-        actual_size: Some(actual_size(graph, n)),
-        cluster_size: (cluster > 0).then(|| i64::from(cluster)),
-        backing_filename: backing.map(|b| b.driver.filename()),
-        full_backing_filename: backing.map(|b| b.driver.filename()),
-        backing_filename_format: backing.map(|b| b.driver.name().into()),
-        backing_image: backing.filter(|_| nested).map(|b| Box::new(image_info(graph, b, nested))),
-    }
-}
-
-/// Space on the host of the files that a node keeps its own bytes in.
-fn actual_size(graph: &GraphInfo, n: &NodeInfo) -> i64 {
-    let own = ["file", "data-file"].iter().filter_map(|e| child(graph, n, e)).map(|c| actual_size(graph, c));
-    let below: i64 = own.fold(0, i64::saturating_add);
-    if !matches!(n.driver.name(), "file" | "host_device") {
-        return below;
-    }
-    std::fs::metadata(n.driver.filename()).map_or(0, |m| signed(m.blocks().saturating_mul(512)))
 }
 
 fn permissions(bits: u8) -> Vec<BlockPermission> {

@@ -62,8 +62,11 @@ pub(super) fn bring_up(simple: &Simple, serving: &mut Serving) -> Result<(), Err
     let listener = listen(&unix(&places.qmp)?)?;
     serve_listener(&serving.server, &listener, false)?;
     serving.monitors.push(listener);
-    let info = serving.daemon.storage()?.info();
-    let size = info.nodes.iter().find(|n| n.name == NAME).map_or(0, |n| n.driver.size());
+    let size = serving.daemon.storage()?.on_graph(|graph| {
+        Box::pin(
+            async move { graph.info().nodes.iter().find(|n| n.name == NAME).map_or(0, |n| n.driver.size()) },
+        )
+    });
     print!("{}", greeting(&places, size, serving.daemon.storage()?.cores(), simple.read_only));
     Ok(())
 }

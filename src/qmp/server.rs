@@ -148,8 +148,9 @@ impl<C: Send + Sync + 'static> Server<C> {
         let writer = client.clone();
         spawn("qmp-write", move || write_all(output, &writer))?;
         spawn("qmp-read", move || {
+            // However reading ends, a panic included: the client is not left waiting.
+            let _end = End(client.clone());
             read_all(input, session, &client);
-            client.outbox.close();
             drop(held);
         })
     }
@@ -167,6 +168,15 @@ impl<C: Send + Sync + 'static> Server<C> {
             client.outbox.abandon();
             (client.disconnect)();
         }
+    }
+}
+
+/// Takes no more output for a client when its reader is gone.
+struct End(Arc<Listener>);
+
+impl Drop for End {
+    fn drop(&mut self) {
+        self.0.outbox.close();
     }
 }
 

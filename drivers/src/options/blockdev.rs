@@ -86,14 +86,8 @@ crate::qapi! {
         file: BlockdevRef = "file",
         /// The node below it; null for none (default: the one that the image names).
         backing: Option<BlockdevRefOrNull> = "backing",
-        /// Whether refcount updates may be postponed (default: as the image says).
-        lazy_refcounts: Option<bool> = "lazy-refcounts",
         /// Whether discards of the guest reach the file (default: as discard).
         pass_discard_request: Option<bool> = "pass-discard-request",
-        /// Whether clusters freed with a snapshot are discarded in the file (default: on).
-        pass_discard_snapshot: Option<bool> = "pass-discard-snapshot",
-        /// Whether clusters freed otherwise are discarded in the file (default: off).
-        pass_discard_other: Option<bool> = "pass-discard-other",
         /// Memory for cached metadata in all.
         cache_size: Option<Size> = "cache-size",
         /// Memory for cached L2 tables.
