@@ -10,9 +10,10 @@
 //! ```
 
 use crate::format::raw::{self, RawConfig};
+use crate::open_qcow2;
 use crate::options::blockdev::{
     BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsFile, BlockdevOptionsNull,
-    BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
+    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
 };
 use crate::options::types::{BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions};
 use crate::protocol::file::{FileConfig, FileDriver, locking};
@@ -158,7 +159,8 @@ fn raw(o: &BlockdevOptionsRaw, common: &Common, how: How) -> Result<OpenFn, Erro
 
 /// The changes that `blockdev-reopen` asks for: the nodes named, and the children they describe in place.
 ///
-/// Options that are not given go back to their defaults. A child given by name must be the one that is there.
+/// Options that are not given go back to their defaults. A child given by another name takes the place of the one that is
+/// there, where the format can be opened again on its edges (qcow2); `null` lets the backing node go.
 pub fn reopen(all: Vec<BlockdevOptions>, graph: &GraphInfo) -> Result<Vec<Reopen>, Error> {
     let mut items = Vec::new();
     for options in all {
@@ -189,24 +191,52 @@ fn reopen_one(
     }
     let common = common(&options.base, inherited)?;
     let mut children: Vec<_> = options.children().into_iter().map(|(edge, of)| (edge, of.clone())).collect();
-    if let BlockdevDriver::Qcow2(o) = &options.driver {
-        children.extend(reopen_backing(o.backing.as_ref(), node)?.map(|of| ("backing", of)));
+    let (mut open, mut detach) = (None, Vec::new());
+    if let BlockdevDriver::Qcow2(new) = &options.driver {
+        children.extend(reopen_backing(new.backing.as_ref(), node, &mut detach)?.map(|of| ("backing", of)));
+        open = Some(qcow2_again(new, &common, node)?);
     }
-    items.push(Reopen { name: node.name.clone(), flags: common.flags(), common, config: Arc::new(options) });
+    let again = open.is_some();
+    items.push(Reopen {
+        name: node.name.clone(),
+        flags: common.flags(),
+        common,
+        config: Arc::new(options),
+        open,
+        detach,
+    });
     for (edge, of) in children {
         let role = if edge == "backing" { Role::Cow } else { Role::Data };
         let there = node.edges.iter().find(|e| e.name == edge);
         match of {
-            BlockdevRef::Reference(name) if there.is_some_and(|e| e.child == name) => {}
+            BlockdevRef::Reference(name) if again || there.is_some_and(|e| e.child == name) => {}
             BlockdevRef::Definition(options) => {
                 let child = there.and_then(|e| graph.nodes.iter().find(|n| n.id == e.node));
-                let child = child.ok_or_else(|| replaced(edge, node))?;
-                reopen_one(*options, child, inherit(&common, role), graph, items)?;
+                match child {
+                    Some(child) => reopen_one(*options, child, inherit(&common, role), graph, items)?,
+                    // opened as a new node when its parent is opened again
+                    None if again => {}
+                    None => return Err(replaced(edge, node)),
+                }
             }
             BlockdevRef::Reference(_) => return Err(replaced(edge, node)),
         }
     }
     Ok(())
+}
+
+/// What opens a qcow2 node again: with the new options, and with those it has.
+fn qcow2_again(
+    new: &BlockdevOptionsQcow2,
+    common: &Common,
+    node: &NodeInfo,
+) -> Result<(OpenFn, OpenFn), Error> {
+    let old = node.config.downcast_ref::<BlockdevOptions>().map(|o| &o.driver);
+    let Some(BlockdevDriver::Qcow2(old)) = old else {
+        return Err(Error::invalid("Cannot change the option 'driver'"));
+    };
+    // an edge that was given by name is found again by its name now
+    Ok((open_qcow2::open_fn(new, common)?, open_qcow2::open_fn(old, &node.common)?))
 }
 
 fn replaced(edge: &str, node: &NodeInfo) -> Error {
@@ -215,12 +245,19 @@ fn replaced(edge: &str, node: &NodeInfo) -> Error {
 }
 
 /// The `backing` option must be there if a backing node is, because leaving it out would not say which.
-fn reopen_backing(given: Option<&BlockdevRefOrNull>, node: &NodeInfo) -> Result<Option<BlockdevRef>, Error> {
+fn reopen_backing(
+    given: Option<&BlockdevRefOrNull>,
+    node: &NodeInfo,
+    detach: &mut Vec<&'static str>,
+) -> Result<Option<BlockdevRef>, Error> {
     let there = node.edges.iter().any(|e| e.name == "backing");
     match given {
         None if there => Err(Error::invalid(format!("backing is missing for '{}'", node.name))),
-        Some(BlockdevRefOrNull::Null(())) if there => Err(replaced("backing", node)),
-        None | Some(BlockdevRefOrNull::Null(())) => Ok(None),
+        None => Ok(None),
+        Some(BlockdevRefOrNull::Null(())) => {
+            detach.push("backing");
+            Ok(None)
+        }
         Some(BlockdevRefOrNull::Definition(o)) => Ok(Some(BlockdevRef::Definition(o.clone()))),
         Some(BlockdevRefOrNull::Reference(n)) => Ok(Some(BlockdevRef::Reference(n.clone()))),
     }

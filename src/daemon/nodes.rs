@@ -68,50 +68,7 @@ impl Daemon {
     fn blockdev_reopen(&self, list: Vec<BlockdevOptions>) -> Result<(), Error> {
         let storage = self.storage()?;
         let graph = storage.info();
-        let items = list.into_iter().map(|o| reopen_item(&graph, o)).collect::<Result<Vec<_>, _>>()?;
+        let items = open::reopen(list, &graph)?;
         storage.on_graph(move |graph| Box::pin(async move { graph.reopen(items).await }))
     }
-}
-
-fn reopen_item(graph: &GraphInfo, options: BlockdevOptions) -> Result<Reopen, Error> {
-    let Some(name) = options.base.node_name.clone() else {
-        return Err(Error::invalid("node-name not specified"));
-    };
-    let missing = || Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{name}'"));
-    let node = graph.nodes.iter().find(|n| n.name == name).ok_or_else(missing)?;
-    if let Some(old) = node.config.downcast_ref::<BlockdevOptions>() {
-        check_fixed(old, &options, &node.edges)?;
-    }
-    let common = open::common(&options.base, Common::default())?;
-    Ok(Reopen { name, flags: common.flags(), common, config: Arc::new(options) })
-}
-
-/// Refuses changes of what a node cannot change while it is open: its driver, its file, its children.
-fn check_fixed(old: &BlockdevOptions, new: &BlockdevOptions, edges: &[EdgeInfo]) -> Result<(), Error> {
-    let cannot = |what: &str| Error::invalid(format!("Cannot change the option '{what}'"));
-    if old.driver.as_str() != new.driver.as_str() {
-        return Err(cannot("driver"));
-    }
-    let (old, new) = (old.write(), new.write());
-    for key in ["filename", "locking", "size", "latency-ns", "read-zeroes"] {
-        // Raw windows may move; the driver has its say about that.
-        if old["driver"] != "raw" && old.get(key) != new.get(key) {
-            return Err(cannot(key));
-        }
-    }
-    for key in ["file", "data-file", "backing"] {
-        same_child(key, old.get(key), new.get(key), edges)?;
-    }
-    Ok(())
-}
-
-/// A child may be given as it was given before, or by the name that it has now.
-fn same_child(key: &str, old: Option<&Value>, new: Option<&Value>, edges: &[EdgeInfo]) -> Result<(), Error> {
-    let now = edges.iter().find(|e| e.name == key);
-    let same = match new {
-        Some(Value::String(name)) => now.is_some_and(|e| e.child == *name),
-        Some(Value::Null) => now.is_none(),
-        other => other == old,
-    };
-    if same { Ok(()) } else { Err(Error::invalid(format!("Cannot change the option '{key}'"))) }
 }

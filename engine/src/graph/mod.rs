@@ -13,10 +13,12 @@
 mod open;
 mod perms;
 mod query;
+mod reopen;
 mod view;
 
 pub use open::{ChildSpec, Common, NodeSpec, OpenCx};
 pub use query::{EdgeInfo, GraphInfo, NodeInfo, RootInfo};
+pub use reopen::{Prepared, Reopen};
 pub use view::{DetectZeroes, NodeFlags};
 pub(crate) use view::{NodeView, RootView, View};
 
@@ -195,22 +197,7 @@ impl Graph {
             };
             (n.driver.clone(), n.home, n.has_owner, n.name.clone())
         };
-        let mut result = Ok(());
-        if has_owner {
-            let core = Core::current();
-            let closed = core.call(home, move || {
-                Box::pin(async move {
-                    let owner = Core::current().owner(id);
-                    let closed = match owner {
-                        Some(owner) => owner.close().await,
-                        None => Ok(()),
-                    };
-                    Core::current().owners.borrow_mut().remove(&id);
-                    closed
-                })
-            });
-            result = closed.await.unwrap_or(Err(Errno::ESHUTDOWN));
-        }
+        let result = if has_owner { close_owner(id, home).await } else { Ok(()) };
         driver.close().await;
         self.state.borrow_mut().nodes.remove(&id);
         result.map_err(|e| Error::io(e, format!("Closing node '{name}' failed")))
@@ -303,99 +290,6 @@ impl Graph {
         state.roots.iter().filter(|(_, r)| state.reaches(r.node, node)).map(|(id, _)| *id).collect()
     }
 
-    /// Applies new options to several nodes, all or nothing. Nodes are drained and flushed first.
-    pub async fn reopen(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
-        self.change.acquire(1).await;
-        let result = self.reopen_locked(items).await;
-        self.change.release(1);
-        result
-    }
-
-    async fn reopen_locked(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
-        let roots: Arc<[RootId]> = self.state.borrow().roots.keys().copied().collect();
-        barrier(Barrier::Drain(roots.clone())).await;
-        let result = self.reopen_drained(items).await;
-        self.install().await;
-        barrier(Barrier::Resume(roots)).await;
-        result
-    }
-
-    async fn reopen_drained(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
-        let mut prepared: Vec<Prepared> = Vec::new();
-        let mut undo: Vec<(NodeId, NodeFlags, Common)> = Vec::new();
-        let mut result = Ok(());
-        for item in &items {
-            match self.reopen_one(item, &mut undo).await {
-                Ok(p) => prepared.push(p),
-                Err(e) => {
-                    result = Err(e);
-                    break;
-                }
-            }
-        }
-        if result.is_ok() {
-            result = self.refresh_perms().await;
-        }
-        if result.is_ok() {
-            for p in prepared {
-                (p.commit)();
-            }
-            let mut state = self.state.borrow_mut();
-            for item in items {
-                if let Some(id) = state.nodes.iter().find(|(_, n)| n.name == item.name).map(|(id, _)| *id)
-                    && let Some(node) = state.nodes.get_mut(&id)
-                {
-                    node.config = item.config;
-                }
-            }
-            return Ok(());
-        }
-        for p in prepared {
-            (p.abort)();
-        }
-        for (id, flags, common) in undo.into_iter().rev() {
-            if let Some(n) = self.state.borrow_mut().nodes.get_mut(&id) {
-                (n.flags, n.common) = (flags, common);
-            }
-        }
-        let _ = self.refresh_perms().await;
-        result
-    }
-
-    async fn reopen_one(
-        self: &Rc<Graph>,
-        item: &Reopen,
-        undo: &mut Vec<(NodeId, NodeFlags, Common)>,
-    ) -> Result<Prepared, Error> {
-        let missing =
-            || Error::new(Errno::ENODEV, format!("Failed to find node with node-name='{}'", item.name));
-        let id = self.find(&item.name).ok_or_else(missing)?;
-        path::flush_node(id)
-            .await
-            .map_err(|e| Error::io(e, format!("Flushing node '{}' failed", item.name)))?;
-        let driver = {
-            let mut state = self.state.borrow_mut();
-            let used_for_writing = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
-            let node = state.nodes.get_mut(&id).ok_or_else(missing)?;
-            if item.flags.read_only && !node.flags.read_only && used_for_writing {
-                let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
-                return Err(Error::new(Errno::EPERM, text));
-            }
-            undo.push((id, node.flags, node.common));
-            (node.flags, node.common) = (item.flags, item.common);
-            node.driver.clone()
-        };
-        if !driver.supports_reopen() {
-            let text = format!(
-                "Block format '{}' used by node '{}' does not support reopening files",
-                driver.name(),
-                item.name
-            );
-            return Err(Error::new(Errno::ENOTSUP, text));
-        }
-        driver.reopen_prepare(item).await
-    }
-
     /// Sends the current state of the graph to every core.
     async fn install(self: &Rc<Graph>) {
         let view = self.state.borrow().view();
@@ -419,28 +313,24 @@ impl Graph {
     }
 }
 
+/// Has an owner write everything back, and lets go of it.
+async fn close_owner(id: NodeId, home: usize) -> Result<(), Errno> {
+    let close = move || -> crate::driver::LocalFuture<'static, Result<(), Errno>> {
+        Box::pin(async move {
+            let owner = Core::current().owner(id);
+            let closed = match owner {
+                Some(owner) => owner.close().await,
+                None => Ok(()),
+            };
+            Core::current().owners.borrow_mut().remove(&id);
+            closed
+        })
+    };
+    Core::current().call(home, close).await.unwrap_or(Err(Errno::ESHUTDOWN))
+}
+
 async fn path_truncate(node: NodeId, size: u64, prealloc: Preallocation) -> Result<(), Error> {
     path::truncate_node(node, size, prealloc).await
-}
-
-/// New options for one node, for [`Graph::reopen`]. What is not given is at its default.
-pub struct Reopen {
-    /// The node's name.
-    pub name: String,
-    /// Flags the data path sees.
-    pub flags: NodeFlags,
-    /// The common options.
-    pub common: Common,
-    /// The driver's own options, as its open function took them.
-    pub config: Arc<dyn Any + Send + Sync>,
-}
-
-/// A driver that is ready to switch to new options.
-pub struct Prepared {
-    /// Switches; cannot fail.
-    pub commit: Box<dyn FnOnce()>,
-    /// Forgets about it.
-    pub abort: Box<dyn FnOnce()>,
 }
 
 impl State {

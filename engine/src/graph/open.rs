@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::{DetectZeroes, Edge, Graph, NODES_MAX, Node, NodeFlags, NodeId};
 use crate::core::Core;
-use crate::driver::{Driver, Kind, LocalFuture, OpenFn, Role};
+use crate::driver::{ChildIx, Driver, Kind, LocalFuture, OpenFn, Opened, Role};
 use crate::error::{Errno, Error};
 use crate::path::Child;
 
@@ -92,6 +92,8 @@ pub struct OpenCx {
     graph: Rc<Graph>,
     node: NodeId,
     depth: usize,
+    /// The node was open before: its edges are there.
+    again: bool,
     /// Options every node has.
     pub common: Common,
     /// The node's name.
@@ -115,28 +117,54 @@ impl OpenCx {
     ) -> LocalFuture<'static, Result<Child, Error>> {
         let cx = self.clone();
         Box::pin(async move {
-            let graph = &cx.graph;
-            let child = match spec {
-                ChildSpec::Reference(name) => {
-                    let id = graph.lookup(&name)?;
-                    if graph.state.borrow().reaches(id, cx.node) {
-                        let text = format!("Making '{name}' a child of '{}' would create a cycle", cx.name);
-                        return Err(Error::invalid(text));
-                    }
-                    id
+            let there = cx.edge(edge);
+            let child = match (spec, there) {
+                // reopening: what is described in place is reopened as a node of its own
+                (ChildSpec::Inline(_), Some((ix, Some(_)))) if cx.again => {
+                    return Ok(Child::new(cx.node, ix));
                 }
-                ChildSpec::Inline(spec) => open_tree(graph, *spec, cx.depth + 1, false).await?,
+                (ChildSpec::Inline(spec), _) => open_tree(&cx.graph, *spec, cx.depth + 1, false).await?,
+                (ChildSpec::Reference(name), _) => cx.referenced(&name)?,
             };
-            let ix = {
-                let mut state = graph.state.borrow_mut();
-                let me = state.nodes.get_mut(&cx.node).ok_or(Errno::ENOMEDIUM)?;
-                me.edges.push(Edge { name: edge, role, node: Some(child) });
-                u8::try_from(me.edges.len() - 1).map_err(|_| Error::invalid("Too many children"))?
-            };
-            graph.refresh_perms().await?;
-            graph.install().await;
+            let ix = cx.link(edge, role, child, there.map(|(ix, _)| ix))?;
+            cx.graph.refresh_perms().await?;
+            cx.graph.install().await;
             Ok(Child::new(cx.node, ix))
         })
+    }
+
+    /// The edge of this name, if the node has it.
+    fn edge(&self, name: &str) -> Option<(ChildIx, Option<NodeId>)> {
+        let state = self.graph.state.borrow();
+        let edges = &state.nodes.get(&self.node)?.edges;
+        let at = edges.iter().position(|e| e.name == name)?;
+        Some((ChildIx::try_from(at).ok()?, edges[at].node))
+    }
+
+    fn referenced(&self, name: &str) -> Result<NodeId, Error> {
+        let id = self.graph.lookup(name)?;
+        if self.graph.state.borrow().reaches(id, self.node) {
+            let text = format!("Making '{name}' a child of '{}' would create a cycle", self.name);
+            return Err(Error::invalid(text));
+        }
+        Ok(id)
+    }
+
+    fn link(
+        &self,
+        name: &'static str,
+        role: Role,
+        child: NodeId,
+        at: Option<ChildIx>,
+    ) -> Result<ChildIx, Error> {
+        let mut state = self.graph.state.borrow_mut();
+        let me = state.nodes.get_mut(&self.node).ok_or(Errno::ENOMEDIUM)?;
+        if let Some(ix) = at.filter(|_| self.again) {
+            me.edges[usize::from(ix)].node = Some(child);
+            return Ok(ix);
+        }
+        me.edges.push(Edge { name, role, node: Some(child) });
+        ChildIx::try_from(me.edges.len() - 1).map_err(|_| Error::invalid("Too many children"))
     }
 
     /// Makes the node read-only: for formats that cannot write, and for `auto-read-only`.
@@ -213,6 +241,25 @@ async fn open_node(graph: &Rc<Graph>, spec: NodeSpec, depth: usize) -> Result<No
     let guard = Reserved { graph: graph.clone(), node: cx.node, done: false };
     graph.install().await;
     let opened = (spec.open)(cx.clone()).await?;
+    put_in_place(&cx, opened, (0, crate::driver::perm::ALL)).await?;
+    graph.refresh_perms().await?;
+    graph.install().await;
+    guard.keep();
+    Ok(cx.node)
+}
+
+impl OpenCx {
+    /// For opening a node again whose edges are there; its roots are drained.
+    pub(super) fn again(graph: &Rc<Graph>, node: NodeId) -> Option<OpenCx> {
+        let state = graph.state.borrow();
+        let n = state.nodes.get(&node)?;
+        let (common, name, home) = (n.common, n.name.clone(), n.home);
+        Some(OpenCx { graph: graph.clone(), node, depth: 0, again: true, common, name, home })
+    }
+}
+
+/// Makes the owner on its home core, and the driver that of the node. `held` are the permissions the driver has.
+pub(super) async fn put_in_place(cx: &OpenCx, opened: Opened, held: (u8, u8)) -> Result<(), Error> {
     let has_owner = opened.owner.is_some();
     if let Some(make) = opened.owner {
         let id = cx.node;
@@ -226,17 +273,12 @@ async fn open_node(graph: &Rc<Graph>, spec: NodeSpec, depth: usize) -> Result<No
         };
         Core::current().call(cx.home, set).await;
     }
-    {
-        let mut state = graph.state.borrow_mut();
-        let node = state.nodes.get_mut(&cx.node).ok_or(Errno::ENOMEDIUM)?;
-        node.driver = opened.driver;
-        node.has_owner = has_owner;
-        node.held = (0, crate::driver::perm::ALL);
-    }
-    graph.refresh_perms().await?;
-    graph.install().await;
-    guard.keep();
-    Ok(cx.node)
+    let mut state = cx.graph.state.borrow_mut();
+    let node = state.nodes.get_mut(&cx.node).ok_or(Errno::ENOMEDIUM)?;
+    node.driver = opened.driver;
+    node.has_owner = has_owner;
+    node.held = held;
+    Ok(())
 }
 
 /// A node that failed to open gives up its name at once; `collect` then closes it.
@@ -292,7 +334,7 @@ fn reserve(graph: &Rc<Graph>, spec: &NodeSpec, depth: usize) -> Result<OpenCx, E
         held: (0, crate::driver::perm::ALL),
     };
     state.nodes.insert(node, entry);
-    Ok(OpenCx { graph: graph.clone(), node, depth, common: spec.common, name, home })
+    Ok(OpenCx { graph: graph.clone(), node, depth, again: false, common: spec.common, name, home })
 }
 
 /// Calls an owner's periodic work while the node exists.
