@@ -149,14 +149,11 @@ impl Graph {
         let mut state = self.state.borrow_mut();
         let writers = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
         let node = state.nodes.get_mut(&id).ok_or_else(|| missing(&item.name))?;
+        // parents come first in the list: what they need is already what they will need
         if item.flags.read_only && !node.flags.read_only && writers && !item.common.auto_read_only {
-            let parents = state.roots.values().any(|r| r.node == id && r.writable);
-            if parents {
-                let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
-                return Err(Error::new(Errno::EPERM, text));
-            }
+            let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
+            return Err(Error::new(Errno::EPERM, text));
         }
-        let node = state.nodes.get_mut(&id).ok_or_else(|| missing(&item.name))?;
         before.push(Before {
             node: id,
             name: item.name.clone(),
