@@ -264,20 +264,45 @@ impl Core {
 
     /// One turn up to the point where the ring is entered. Returns whether there is more to do at once.
     pub(crate) fn run_ready(self: &Rc<Core>) -> bool {
-        self.now.set(self.clock.now());
-        let mut more = self.drain_inbox();
-        self.timers.fire(self.now());
+        let more = self.begin_turn();
         for _ in 0..POLLS {
             if !self.exec.run_one() {
                 break;
             }
         }
+        let more = self.end_turn() | more;
+        more | self.exec.has_work() | !self.shared.queue.is_empty()
+    }
+
+    /// Takes messages and fires timers. Returns whether there were messages.
+    pub(crate) fn begin_turn(self: &Rc<Core>) -> bool {
+        self.now.set(self.clock.now());
+        let more = self.drain_inbox();
+        self.timers.fire(self.now());
+        more
+    }
+
+    /// What follows the tasks. Returns whether messages are left that their receivers have no room for.
+    pub(crate) fn end_turn(&self) -> bool {
         self.advance_epochs();
         if !self.outbox.borrow().is_empty() {
             self.flush_outbox();
-            more |= !self.outbox.borrow().is_empty();
         }
-        more | self.exec.has_work() | !self.shared.queue.is_empty()
+        !self.outbox.borrow().is_empty()
+    }
+
+    /// Polls the simulator's choice of the ready tasks.
+    pub(crate) fn poll_one(&self, choice: u64) {
+        self.exec.rotate(choice as usize);
+        self.exec.run_one();
+    }
+
+    /// Whether a turn at `now` would do anything, its ring apart.
+    pub(crate) fn is_runnable(&self, now: u64) -> bool {
+        self.exec.has_work()
+            || !self.shared.queue.is_empty()
+            || !self.outbox.borrow().is_empty()
+            || self.timers.earliest().is_some_and(|at| at <= now)
     }
 
     fn advance_epochs(&self) {

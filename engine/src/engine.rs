@@ -106,6 +106,11 @@ impl Engine {
         Ok(engine)
     }
 
+    /// A handle for the simulator, which runs the cores itself.
+    pub(crate) fn simulated(shared: Arc<EngineShared>) -> Engine {
+        Engine { running: Arc::new(Running { shared, threads: Mutex::default() }) }
+    }
+
     fn start_core(&self, index: usize, cpu: Option<usize>, arena: usize, clock: Clock) -> Result<(), Error> {
         let shared = self.running.shared.clone();
         let (tx, rx) = oneshot::<Result<(), Error>>();

@@ -180,9 +180,14 @@ impl File {
         use std::os::fd::AsFd;
         match &self.0.held.backing {
             Backing::Sim(disk) => {
-                let slot = self.slot();
-                let _ = disk;
-                ring::plain(RawOp::Ftruncate { file: slot, len: size }).await.map(drop).map_err(Error::from)
+                let old = disk.len();
+                ring::plain(RawOp::Ftruncate { file: self.slot(), len: size }).await?;
+                if prealloc == Prealloc::Full && size > old {
+                    let (mode, len) = (super::linux::FALLOC_ZERO_RANGE, size - old);
+                    self.fallocate(mode, old, len, None).await?;
+                    self.fdatasync().await?;
+                }
+                Ok(())
             }
             Backing::Linux(_) => {
                 let this = self.clone();

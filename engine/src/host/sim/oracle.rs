@@ -1,0 +1,153 @@
+//! What a guest may find on its disk: per sector, the values it wrote and that nothing has settled since.
+//!
+//! ```text
+//!   sector:  [old, sure] [A, sure] [B, in flight]      read (nobody writes): A      after a crash: old, A or B
+//!   flush ok (began after A completed)  ─►  [A, sure] [B, …]
+//! ```
+//!
+//! Rules G1 and G2 of the crash contract: flushed data survives; a sector holds what was flushed last or something
+//! written to that very sector since, never a third value. Each sector written carries a number of its own, so data of
+//! another sector or of an older generation is recognised.
+
+use std::ops::Range;
+
+use super::SECTOR;
+use crate::error::Errno;
+
+/// One value a sector may have. Stamp 0 is zeroes.
+#[derive(Clone, Copy, Debug)]
+struct Candidate {
+    stamp: u64,
+    sure: bool,
+}
+
+/// The permitted values of every sector of a disk.
+#[derive(Clone, Debug)]
+pub struct Oracle {
+    sectors: Vec<Vec<Candidate>>,
+    stamps: u64,
+}
+
+/// A flush that has begun: the newest certain value of each sector that is not settled.
+pub struct Flush(Vec<(usize, u64)>);
+
+impl Oracle {
+    /// A disk of zeroes.
+    pub fn new(sectors: usize) -> Oracle {
+        Oracle { sectors: vec![vec![Candidate { stamp: 0, sure: true }]; sectors], stamps: 0 }
+    }
+
+    /// Number of sectors.
+    pub fn len(&self) -> usize {
+        self.sectors.len()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.sectors.is_empty()
+    }
+
+    /// A write of new data to whole sectors begins: fills the buffer with it. The stamp is for [`Oracle::wrote`].
+    pub fn write(&mut self, first: usize, buf: &mut [u8]) -> u64 {
+        self.stamps += 1;
+        let stamp = self.stamps;
+        for (i, sector) in buf.chunks_mut(SECTOR as usize).enumerate() {
+            let word = word(stamp, first + i).to_le_bytes();
+            sector.chunks_mut(8).for_each(|w| w.copy_from_slice(&word));
+        }
+        self.begin(first..first + buf.len() / SECTOR as usize, stamp);
+        stamp
+    }
+
+    /// A write of zeroes begins.
+    pub fn zero(&mut self, range: Range<usize>) -> u64 {
+        self.begin(range, 0);
+        0
+    }
+
+    fn begin(&mut self, range: Range<usize>, stamp: u64) {
+        self.sectors[range].iter_mut().for_each(|s| s.push(Candidate { stamp, sure: false }));
+    }
+
+    /// A write has ended. After a failed one, or a discard, the old value may still be there.
+    pub fn wrote(&mut self, range: Range<usize>, stamp: u64, sure: bool) {
+        for s in &mut self.sectors[range] {
+            if let Some(c) = s.iter_mut().rev().find(|c| c.stamp == stamp) {
+                c.sure = sure;
+            }
+        }
+    }
+
+    /// A flush begins.
+    pub fn flush(&self) -> Flush {
+        let open = self.sectors.iter().enumerate().filter(|(_, s)| s.len() > 1);
+        Flush(open.filter_map(|(i, s)| Some((i, s.iter().rev().find(|c| c.sure)?.stamp))).collect())
+    }
+
+    /// A flush has succeeded. One that failed settles nothing.
+    pub fn flushed(&mut self, flush: Flush) {
+        for (i, stamp) in flush.0 {
+            let s = &mut self.sectors[i];
+            if let Some(at) = s.iter().rposition(|c| c.stamp == stamp && c.sure) {
+                s.drain(..at);
+            }
+        }
+    }
+
+    /// Checks data that was read while nobody wrote to it.
+    pub fn check_read(&self, first: usize, data: &[u8]) -> Result<(), String> {
+        self.check(first, data, |s| {
+            let newest = s.iter().rposition(|c| c.sure).unwrap_or(0);
+            &s[newest..]
+        })
+    }
+
+    /// Checks data that was found after a crash.
+    pub fn check_crash(&self, first: usize, data: &[u8]) -> Result<(), String> {
+        self.check(first, data, |s| s)
+    }
+
+    fn check(
+        &self,
+        first: usize,
+        data: &[u8],
+        allowed: impl Fn(&[Candidate]) -> &[Candidate],
+    ) -> Result<(), String> {
+        for (i, sector) in data.chunks(SECTOR as usize).enumerate() {
+            let at = first + i;
+            let allowed = allowed(&self.sectors[at]);
+            let have: [u8; 8] = sector[..8].try_into().map_err(|_| "a sector of less than 8 bytes")?;
+            let have = u64::from_le_bytes(have);
+            let uniform = sector.chunks(8).all(|w| w == have.to_le_bytes());
+            if !uniform || !allowed.iter().any(|c| word(c.stamp, at) == have) {
+                return Err(format!(
+                    "sector {at}: found {}, allowed {:?}",
+                    self.describe(have, uniform),
+                    allowed.iter().map(|c| c.stamp).collect::<Vec<_>>()
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn describe(&self, have: u64, uniform: bool) -> String {
+        if !uniform {
+            return "a mixture".to_owned();
+        }
+        let (stamp, sector) = (have >> 24, have & 0xff_ffff);
+        match have {
+            0 => "zeroes".to_owned(),
+            _ if stamp <= self.stamps => format!("stamp {stamp} of sector {sector}"),
+            _ => format!("{have:#x}"),
+        }
+    }
+}
+
+fn word(stamp: u64, sector: usize) -> u64 {
+    if stamp == 0 { 0 } else { stamp << 24 | (sector as u64 & 0xff_ffff) }
+}
+
+/// Whether a request's error is one that injected faults explain.
+pub fn is_injected(e: Errno) -> bool {
+    matches!(e, Errno::EIO | Errno::ENOSPC)
+}
