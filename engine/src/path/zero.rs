@@ -40,7 +40,7 @@ pub(crate) fn zeroes_node(
             }
             Kind::Leaf(_) | Kind::Full => {
                 let req = Request { op: Op::WriteZeroes, offset: off, len, flags: inner, buf: None };
-                match view.driver.submit(req).await.0 {
+                match submit(&core, &view, req).await {
                     Err(Errno::ENOTSUP) if !flags.no_fallback => write_zeroes(id, range).await?,
                     other => other?,
                 }
@@ -158,10 +158,28 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
             }
             Kind::Leaf(_) | Kind::Full => {
                 let req = Request { op: Op::Discard, offset: off, len, flags: Flags::NONE, buf: None };
-                ignore_unsupported(view.driver.submit(req).await.0)
+                ignore_unsupported(submit(&core, &view, req).await)
             }
         }
     })
+}
+
+/// Zeroes or discards through the driver. A leaf's blocks may be read and written back around it: the change waits for those
+/// that overlap, and its pin makes later ones wait for it (see [`super::serial`]).
+async fn submit(core: &Core, view: &NodeView, req: Request) -> Result<(), Errno> {
+    let range = req.offset..req.offset.checked_add(req.len).ok_or(Errno::EINVAL)?;
+    if matches!(view.driver.kind(), Kind::Full) {
+        // a pin would keep the barriers of its children's blocks from ending
+        return view.driver.submit(req).await.0;
+    }
+    loop {
+        view.serial.wait_free(range.clone()).await;
+        // no await between this test and the pin
+        if !view.serial.is_busy(&range) {
+            let _pin = core.pin();
+            return view.driver.submit(req).await.0;
+        }
+    }
 }
 
 fn ignore_unsupported(result: Result<(), Errno>) -> Result<(), Errno> {

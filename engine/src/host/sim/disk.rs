@@ -374,7 +374,8 @@ fn torn_range(range: Range<u64>, whole: bool, rng: &mut Rng) -> Vec<Range<u64>> 
         return vec![range];
     }
     if len > 128 * SECTOR {
-        return vec![range.start..range.start + rng.below(len / SECTOR) * SECTOR];
+        let end = range.start + rng.below(len / SECTOR) * SECTOR;
+        return vec![Range { start: range.start, end }];
     }
     let mut out = Vec::new();
     let mut at = range.start;
@@ -401,11 +402,14 @@ fn unmasked(range: Range<u64>, masked: &[Range<u64>]) -> Vec<Range<u64>> {
     left
 }
 
+/// Names, and the files by number.
+type Files = (BTreeMap<PathBuf, i32>, Vec<Arc<Disk>>);
+
 /// The files of one simulated world.
 #[derive(Debug)]
 pub struct Disks {
     align: u32,
-    files: Mutex<(BTreeMap<PathBuf, i32>, Vec<Arc<Disk>>)>,
+    files: Mutex<Files>,
 }
 
 impl Disks {

@@ -119,7 +119,7 @@ impl Image {
     fn cut(&mut self, at: u64) {
         self.pages.split_off(&at.div_ceil(PAGE));
         let page = at / PAGE;
-        if at % PAGE != 0
+        if !at.is_multiple_of(PAGE)
             && let Some(data) = self.pages.get_mut(&page)
         {
             Arc::make_mut(data)[(at % PAGE) as usize..].fill(0);
