@@ -7,7 +7,7 @@ use ringblock_engine::Errno;
 use ringblock_engine::driver::Punch;
 
 use super::check::{self, CheckReport, Repair};
-use super::simkit::{Disk, Sim, SimFile};
+use super::simkit::{Disk, Sim, SimFile, SimFiles};
 use super::testkit::{Random, Scratch, qemu_img, qemu_io};
 
 /// Our report on an image in memory, and the image afterwards.
@@ -218,7 +218,7 @@ fn use_it(bytes: Vec<u8>, random: &mut Random) {
     let seed = random.next();
     let (s, f) = (sim.clone(), file.clone());
     sim.run(async move {
-        let Ok(disk) = Disk::try_open(&s, f).await else { return };
+        let Ok(disk) = Disk::try_open(&s, SimFiles::one(f), None).await else { return };
         let mut random = Random::new(seed);
         let size = disk.shared.size().min(1 << 20) & !511;
         if size == 0 {

@@ -1,15 +1,17 @@
 //! Power cuts at any moment: the image stays clean, flushed data is there, and every sector is old or new.
 
 use std::cell::RefCell;
+use std::future::poll_fn;
 use std::rc::Rc;
+use std::task::Poll;
 
 use ringblock_engine::Errno;
 use ringblock_engine::driver::Punch;
 
 use super::check::{self, Repair};
 use super::create::{self, CreateOptions};
-use super::simkit::{Disk, Sim, SimFile};
-use super::testkit::{Random, Scratch, qemu_img};
+use super::simkit::{Disk, Sim, SimFile, SimFiles};
+use super::testkit::{Random, Scratch, qemu_img, qemu_io};
 
 const SECTOR: u64 = 512;
 
@@ -73,15 +75,16 @@ async fn guest(disk: Rc<Disk>, history: Rc<RefCell<History>>, me: u64, guests: u
                 (from, from + 1 + random.below(block_end - from))
             }
         };
-        let kind = random.below(12);
+        let kind = random.below(13);
         let stamp = match kind {
-            0..7 => 1 + ((i * guests + me) % 250) as u8,
+            0..7 | 12 => 1 + ((i * guests + me) % 250) as u8,
             _ => 0,
         };
         let s = disk.sim.stamp();
         let range = if kind < 7 { from..to } else { first..block_end };
         let bytes = range.start * SECTOR..range.end * SECTOR;
-        if kind < 10 {
+        let changes = kind < 10 || kind == 12;
+        if changes {
             for sector in range.clone() {
                 history.borrow_mut().sectors[sector as usize].push(Value { stamp, s, c: u64::MAX });
             }
@@ -99,11 +102,16 @@ async fn guest(disk: Rc<Disk>, history: Rc<RefCell<History>>, me: u64, guests: u
                 }
                 result
             }
+            12 => {
+                disk.image
+                    .write_compressed(bytes.start, &vec![stamp; (bytes.end - bytes.start) as usize])
+                    .await
+            }
             11 => read_others(&disk, &history, random.below(sectors)).await,
             _ => read_own(&disk, &history, range.clone()).await,
         };
         let c = disk.sim.stamp();
-        if kind < 10 && result.is_ok() {
+        if changes && result.is_ok() {
             for sector in range {
                 if let Some(v) = history.borrow_mut().sectors[sector as usize].last_mut() {
                     v.c = c;
@@ -147,11 +155,16 @@ struct Crash {
     base: u64,
     frames: Option<u32>,
     write_fails: u64,
+    /// An image made by somebody else, and the bytes at its beginning that hold [`SNAPSHOT`].
+    initial: Option<(Vec<u8>, u64)>,
 }
+
+/// What the disk held when its snapshot was taken.
+const SNAPSHOT: u8 = 255;
 
 impl Crash {
     fn on(options: CreateOptions) -> Crash {
-        Crash { options, base: 0, frames: None, write_fails: 0 }
+        Crash { options, base: 0, frames: None, write_fails: 0, initial: None }
     }
 }
 
@@ -159,20 +172,39 @@ fn base_stamp(sector: u64) -> u8 {
     251 + (sector % 4) as u8
 }
 
-/// Runs the workload and returns the file, the history and the last moment.
-fn work(case: &Crash, seed: u64) -> (Rc<SimFile>, Rc<RefCell<History>>, u64, Vec<u8>) {
+/// What a workload left.
+struct Worked {
+    files: SimFiles,
+    history: Rc<RefCell<History>>,
+    end: u64,
+    base: Vec<u8>,
+}
+
+/// Runs the workload.
+fn work(case: &Crash, seed: u64) -> Worked {
     let sim = Sim::new(seed);
     let base: Vec<u8> = (0..case.base).map(|i| base_stamp(i / SECTOR)).collect();
-    let file = SimFile::new(&sim, bytes_of(&case.options));
-    let below = (case.base > 0).then(|| SimFile::new(&sim, base.clone()));
-    let sectors = case.options.size / SECTOR;
-    let first = (0..sectors).map(|s| if s * SECTOR < case.base { base_stamp(s) } else { 0 });
+    let (bytes, snapshot) = case.initial.clone().unwrap_or_else(|| (bytes_of(&case.options), 0));
+    let files = SimFiles {
+        file: SimFile::new(&sim, bytes),
+        below: (case.base > 0).then(|| SimFile::new(&sim, base.clone())),
+        data: case
+            .options
+            .data_file
+            .is_some()
+            .then(|| SimFile::new(&sim, vec![0; case.options.size as usize])),
+    };
+    let first = (0..case.options.size / SECTOR).map(|s| match s * SECTOR {
+        at if at < snapshot => SNAPSHOT,
+        at if at < case.base => base_stamp(s),
+        _ => 0,
+    });
     let history = Rc::new(RefCell::new(History::new(first)));
     let (f, h, s, frames, fails) =
-        (file.clone(), history.clone(), sim.clone(), case.frames, case.write_fails);
+        (files.clone(), history.clone(), sim.clone(), case.frames, case.write_fails);
     sim.run(async move {
-        let disk = Disk::open(&s, f.clone(), below, frames).await;
-        f.write_fails.set(fails);
+        let disk = Disk::open(&s, f.clone(), frames).await;
+        f.file.write_fails.set(fails);
         let left = Rc::new(std::cell::Cell::new(4));
         for me in 0..4 {
             let (disk, h, left) = (disk.clone(), h.clone(), left.clone());
@@ -182,26 +214,25 @@ fn work(case: &Crash, seed: u64) -> (Rc<SimFile>, Rc<RefCell<History>>, u64, Vec
                 left.set(left.get() - 1);
             }));
         }
-        std::future::poll_fn(|_| {
-            if left.get() == 0 { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
-        })
-        .await;
-        f.write_fails.set(0);
+        poll_fn(|_| if left.get() == 0 { Poll::Ready(()) } else { Poll::Pending }).await;
+        f.file.write_fails.set(0);
         disk.image.close().await.unwrap();
     });
-    let end = sim.stamp();
-    (file, history, end, base)
+    Worked { files, history, end: sim.stamp(), base }
 }
 
 /// Looks at one state after a power cut.
-fn look(bytes: Vec<u8>, base: &[u8], history: &History, time: u64, what: &str) -> Vec<u8> {
+fn look(bytes: &[u8], data: Option<Vec<u8>>, base: &[u8], history: &History, time: u64, what: &str) {
     let sim = Sim::new(1);
-    let file = SimFile::new(&sim, bytes.clone());
-    let below = (!base.is_empty()).then(|| SimFile::new(&sim, base.to_vec()));
-    let (f, s) = (file.clone(), sim.clone());
+    let files = SimFiles {
+        file: SimFile::new(&sim, bytes.to_vec()),
+        below: (!base.is_empty()).then(|| SimFile::new(&sim, base.to_vec())),
+        data: data.map(|d| SimFile::new(&sim, d)),
+    };
+    let s = sim.clone();
     let (report, got) = sim.run(async move {
-        let report = check::run(&*f, Repair::None).await.unwrap();
-        let disk = Disk::open(&s, f, below, None).await;
+        let report = check::run(&*files.file, Repair::None).await.unwrap();
+        let disk = Disk::open(&s, files, None).await;
         let size = disk.shared.size();
         (report, disk.read(0..size).await.unwrap())
     });
@@ -209,32 +240,52 @@ fn look(bytes: Vec<u8>, base: &[u8], history: &History, time: u64, what: &str) -
     for (i, sector) in got.chunks(SECTOR as usize).enumerate() {
         assert!(history.allows(i, sector, time), "{what}: sector {i} holds {:x?}", &sector[..4]);
     }
-    bytes
+}
+
+/// qemu-img has nothing to say, and finds the snapshot as it was.
+fn ask_peer(dir: &Scratch, bytes: &[u8], snapshot: u64, what: &str, leaks: bool) {
+    std::fs::write(dir.path("a.qcow2"), bytes).unwrap();
+    let (rc, out, err) = qemu_img(dir, &["check", "-f", "qcow2", "a.qcow2"]);
+    assert!(rc == 0 || leaks && rc == 3, "{what}\n{out}{err}");
+    if snapshot > 0 {
+        let (rc, _, err) =
+            qemu_img(dir, &["convert", "-f", "qcow2", "-O", "raw", "-l", "s", "a.qcow2", "s.raw"]);
+        assert_eq!(rc, 0, "{what}: {err}");
+        let old = std::fs::read(dir.path("s.raw")).unwrap();
+        let same =
+            old.iter().enumerate().all(|(i, &b)| b == if (i as u64) < snapshot { SNAPSHOT } else { 0 });
+        assert!(same, "{what}: the snapshot changed");
+    }
 }
 
 fn crash_everywhere(case: &Crash, seeds: std::ops::Range<u64>, cuts: u64) {
     let dir = Scratch::new();
     std::fs::write(dir.path("base.raw"), vec![0; case.base as usize]).unwrap();
+    std::fs::write(dir.path("d.raw"), vec![0; case.options.size as usize]).unwrap();
+    let snapshot = case.initial.as_ref().map_or(0, |i| i.1);
     for seed in seeds {
-        let (file, history, end, base) = work(case, seed);
+        let Worked { files, history, end, base } = work(case, seed);
         let history = history.borrow();
         let mut random = Random::new(seed + 1000);
         for cut in 0..cuts {
             let time = random.below(end + 1);
             let what = format!("{:?} seed {seed} cut {cut} at {time} of {end}", case.options);
-            let bytes = look(file.crash_image(time, &mut random), &base, &history, time, &what);
+            let bytes = files.file.crash_image(time, &mut random);
+            let data = files.data.as_ref().map(|d| d.crash_image(time, &mut random));
+            look(&bytes, data, &base, &history, time, &what);
             if cut % 40 == 0 {
-                std::fs::write(dir.path("a.qcow2"), &bytes).unwrap();
-                let (rc, out, err) = qemu_img(&dir, &["check", "-f", "qcow2", "a.qcow2"]);
-                assert!(rc == 0 || rc == 3, "{what}\n{out}{err}");
+                ask_peer(&dir, &bytes, snapshot, &what, true);
             }
         }
-        let last = file.content();
-        look(last.clone(), &base, &history, u64::MAX, "closed");
-        std::fs::write(dir.path("a.qcow2"), &last).unwrap();
-        let (rc, out, err) = qemu_img(&dir, &["check", "-f", "qcow2", "a.qcow2"]);
-        let fine = rc == 0 || (case.write_fails > 0 && rc == 3);
-        assert!(fine, "{:?} seed {seed} closed\n{out}{err}", case.options);
+        let last = files.file.content();
+        look(&last, files.data.as_ref().map(|d| d.content()), &base, &history, u64::MAX, "closed");
+        ask_peer(
+            &dir,
+            &last,
+            snapshot,
+            &format!("{:?} seed {seed} closed", case.options),
+            case.write_fails > 0,
+        );
     }
 }
 
@@ -288,7 +339,7 @@ fn a_failed_flush_poisons_the_image() {
     let file = SimFile::new(&sim, bytes_of(&small(4096)));
     let (f, s) = (file.clone(), sim.clone());
     sim.run(async move {
-        let disk = Disk::open(&s, f.clone(), None, None).await;
+        let disk = Disk::open(&s, SimFiles::one(f.clone()), None).await;
         disk.write(0, &[1; 512]).await.unwrap();
         f.flush_fails.set(true);
         assert_eq!(disk.image.flush().await, Err(Errno::EIO));
@@ -297,4 +348,154 @@ fn a_failed_flush_poisons_the_image() {
         assert_eq!(disk.write(8192, &[1; 512]).await, Err(Errno::EIO));
         assert_eq!(disk.read(0..512).await.unwrap(), vec![1; 512]);
     });
+}
+
+/// Goal: the same with guest data in a file of its own, with and without a backing file. Method: both files lose power
+/// at the same moment.
+#[test]
+fn power_cuts_with_an_external_data_file() {
+    let external = CreateOptions { data_file: Some("d.raw".into()), ..small(2048) };
+    crash_everywhere(&Crash::on(external.clone()), 80..84, 100);
+    crash_everywhere(&Crash { base: 64 << 10, ..Crash::on(backed(external)) }, 85..89, 100);
+}
+
+/// Goal: the same over internal snapshots, which never change. Method: qemu-img takes a snapshot first, so that tables
+/// and clusters are shared.
+#[test]
+fn power_cuts_over_snapshots() {
+    for (n, cluster_size) in [512u64, 4096].into_iter().enumerate() {
+        let dir = Scratch::new();
+        let opts = format!("cluster_size={cluster_size}");
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", &opts, "a.qcow2", "96k"]);
+        qemu_io(&dir, &["-f", "qcow2", "-c", "write -P 255 0 60k", "a.qcow2"]);
+        qemu_img(&dir, &["snapshot", "-c", "s", "a.qcow2"]);
+        let bytes = std::fs::read(dir.path("a.qcow2")).unwrap();
+        let case = Crash { initial: Some((bytes, 60 << 10)), ..Crash::on(small(cluster_size)) };
+        crash_everywhere(&case, 90 + 10 * n as u64..94 + 10 * n as u64, 120);
+    }
+}
+
+/// Cuts the power at random moments of what `body` does to an image, and looks at what is left.
+fn cut_anywhere<F: Future<Output = ()> + 'static>(
+    bytes: Vec<u8>,
+    seed: u64,
+    cuts: u64,
+    body: impl FnOnce(Rc<Disk>) -> F + 'static,
+    look_at: impl Fn(Vec<u8>, u64),
+) {
+    let sim = Sim::new(seed);
+    let file = SimFile::new(&sim, bytes);
+    let (s, f) = (sim.clone(), file.clone());
+    sim.run(async move {
+        let disk = Disk::open(&s, SimFiles::one(f), None).await;
+        body(disk.clone()).await;
+        disk.image.close().await.unwrap();
+    });
+    let end = sim.stamp();
+    let mut random = Random::new(seed + 5);
+    for _ in 0..cuts {
+        let time = random.below(end + 1);
+        look_at(file.crash_image(time, &mut random), time);
+    }
+    look_at(file.content(), end);
+}
+
+/// The checker's verdict on an image, and what the disk holds.
+fn verdict(bytes: Vec<u8>) -> (check::CheckReport, Vec<u8>) {
+    let sim = Sim::new(1);
+    let file = SimFile::new(&sim, bytes);
+    let s = sim.clone();
+    sim.run(async move {
+        let report = check::run(&*file, Repair::None).await.unwrap();
+        let disk = Disk::open(&s, SimFiles::one(file), None).await;
+        let size = disk.shared.size();
+        (report, disk.read(0..size).await.unwrap())
+    })
+}
+
+/// Goal: a power cut while the refcount table grows leaves the old or the new one. Method: 64-bit counters and 512-byte
+/// clusters, 3 MiB written and flushed in steps.
+#[test]
+fn power_cuts_while_the_refcount_table_grows() {
+    let o = CreateOptions { size: 3 << 20, refcount_bits: 64, ..small(512) };
+    let body = |disk: Rc<Disk>| async move {
+        for i in 0..12u64 {
+            disk.write(i << 18, &vec![i as u8 + 1; 1 << 18]).await.unwrap();
+            disk.image.flush().await.unwrap();
+        }
+    };
+    cut_anywhere(bytes_of(&o), 3, 60, body, |bytes, time| {
+        let (report, _) = verdict(bytes);
+        assert_eq!(
+            report.corruptions,
+            0,
+            "at {time}: {:?}",
+            &report.messages[..report.messages.len().min(5)]
+        );
+    });
+}
+
+/// Goal: a power cut while the disk is resized leaves the old or the new size, and what was flushed before. Method: up
+/// and down across the growth of the L1 table.
+#[test]
+fn power_cuts_while_resizing() {
+    const SIZES: [u64; 5] = [96 << 10, 400 << 10, 64 << 10, 3 << 20, 200 << 10];
+    let body = |disk: Rc<Disk>| async move {
+        disk.write(0, &[7; 3000]).await.unwrap();
+        disk.image.flush().await.unwrap();
+        disk.sim.stamp();
+        for size in SIZES.into_iter().skip(1) {
+            disk.image.truncate(size, ringblock_engine::driver::Preallocation::Off).await.unwrap();
+            disk.write(size - 2000, &[8; 2000]).await.unwrap();
+        }
+    };
+    for seed in 0..4 {
+        cut_anywhere(bytes_of(&small(512)), seed, 120, body, |bytes, time| {
+            let (report, got) = verdict(bytes);
+            assert_eq!(
+                report.corruptions,
+                0,
+                "at {time}: {:?}",
+                &report.messages[..report.messages.len().min(5)]
+            );
+            assert!(SIZES.contains(&(got.len() as u64)));
+            assert!(got[..3000].iter().all(|&b| b == 7 || b == 0) && got[3000..3072].iter().all(|&b| b == 0));
+        });
+    }
+}
+
+/// Goal: a repair that is cut short can be repeated, and content survives. Method: refcounts cleared, repair cut at any
+/// moment, then repaired again.
+#[test]
+fn power_cuts_while_repairing() {
+    let mut bytes = bytes_of(&small(512));
+    let sim = Sim::new(2);
+    let file = SimFile::new(&sim, bytes);
+    let (s, f) = (sim.clone(), file.clone());
+    sim.run(async move {
+        let disk = Disk::open(&s, SimFiles::one(f), None).await;
+        disk.write(1000, &[5; 40_000]).await.unwrap();
+        disk.image.close().await.unwrap();
+    });
+    bytes = file.content();
+    let want = verdict(bytes.clone()).1;
+    bytes[1024..1200].fill(0);
+    for seed in 0..4 {
+        let sim = Sim::new(seed);
+        let file = SimFile::new(&sim, bytes.clone());
+        let f = file.clone();
+        let report = sim.run(async move { check::run(&*f, Repair::All).await.unwrap() });
+        assert!(report.is_clean() && report.corruptions_fixed > 0);
+        let end = sim.stamp();
+        let mut random = Random::new(seed);
+        for _ in 0..40 {
+            let time = random.below(end + 1);
+            let sim = Sim::new(1);
+            let again = SimFile::new(&sim, file.crash_image(time, &mut random));
+            let f = again.clone();
+            let report = sim.run(async move { check::run(&*f, Repair::All).await.unwrap() });
+            assert!(report.is_clean(), "at {time}: {report:?}");
+            assert!(verdict(again.content()).1 == want, "at {time}");
+        }
+    }
 }

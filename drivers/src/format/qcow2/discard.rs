@@ -115,7 +115,8 @@ impl Image {
             return data.zero(bytes.start, bytes.end - bytes.start, unmap).await;
         }
         if unmap && self.options.pass_discard {
-            let _ = data.discard(bytes.start, bytes.end - bytes.start).await;
+            // Zeros and not a discard: until the entry is durable the disk may still name these bytes (I10).
+            data.zero(bytes.start, bytes.end - bytes.start, true).await?;
         }
         Ok(())
     }

@@ -268,12 +268,28 @@ impl Store for SimFile {
     }
 }
 
+/// The files of an image.
+#[derive(Clone)]
+pub(super) struct SimFiles {
+    pub(super) file: Rc<SimFile>,
+    pub(super) below: Option<Rc<SimFile>>,
+    pub(super) data: Option<Rc<SimFile>>,
+}
+
+impl SimFiles {
+    pub(super) fn one(file: Rc<SimFile>) -> SimFiles {
+        SimFiles { file, below: None, data: None }
+    }
+}
+
 /// An open image and what the engine would do with it.
 pub(super) struct Disk {
     pub(super) image: Rc<Image>,
     pub(super) shared: Arc<Shared>,
     pub(super) file: Rc<SimFile>,
     pub(super) below: Option<Rc<SimFile>>,
+    /// The external data file.
+    pub(super) data: Option<Rc<SimFile>>,
     pub(super) sim: Rc<Sim>,
 }
 
@@ -287,26 +303,17 @@ impl Drop for Pin<'_> {
 
 impl Disk {
     /// Opens the image in a file.
-    pub(super) async fn open(
-        sim: &Rc<Sim>,
-        file: Rc<SimFile>,
-        below: Option<Rc<SimFile>>,
-        frames: Option<u32>,
-    ) -> Rc<Disk> {
-        Disk::open_with(sim, file, below, frames).await.unwrap()
+    pub(super) async fn open(sim: &Rc<Sim>, files: SimFiles, frames: Option<u32>) -> Rc<Disk> {
+        Disk::try_open(sim, files, frames).await.unwrap()
     }
 
     /// The same for an image that may be broken.
-    pub(super) async fn try_open(sim: &Rc<Sim>, file: Rc<SimFile>) -> Result<Rc<Disk>, Error> {
-        Disk::open_with(sim, file, None, None).await
-    }
-
-    async fn open_with(
+    pub(super) async fn try_open(
         sim: &Rc<Sim>,
-        file: Rc<SimFile>,
-        below: Option<Rc<SimFile>>,
+        files: SimFiles,
         frames: Option<u32>,
     ) -> Result<Rc<Disk>, Error> {
+        let SimFiles { file, below, data } = files;
         let header = read_header(&*file).await?;
         let g = header.geometry()?;
         let sizes = CacheOptions::default().sizes(&g, header.size)?;
@@ -315,26 +322,38 @@ impl Disk {
         let reftable = read_table(&*file, header.reftable_offset, bytes, "refcounts").await?;
         let format = EntryFormat::of(&header, g);
         let frames = frames.unwrap_or(sizes.frames);
-        let shared = Arc::new(Shared::new(format, header.size, frames, 0, below.as_ref().map(|_| 1)));
+        let shared = Arc::new(Shared::new(
+            format,
+            header.size,
+            frames,
+            if data.is_some() { 2 } else { 0 },
+            below.as_ref().map(|_| 1),
+        ));
         let settings = Settings {
             read_only: false,
             refcount_cache: 0,
             pass_discard: true,
             clean_interval: 0,
-            data_child: 0,
+            data_child: if data.is_some() { 2 } else { 0 },
         };
         let file_size = file.size()?;
         let parts = Parts { shared: shared.clone(), header, geometry: g, l1, reftable, file_size, settings };
         let store = |f: &Rc<SimFile>| -> Rc<dyn Store> { f.clone() };
-        let files = Files { file: store(&file), data: None, below: below.as_ref().map(store) };
+        let files =
+            Files { file: store(&file), data: data.as_ref().map(store), below: below.as_ref().map(store) };
         let image = Image::new(parts, files, Rc::new(SimRuntime(sim.clone())));
-        Ok(Rc::new(Disk { image, shared, file, below, sim: sim.clone() }))
+        Ok(Rc::new(Disk { image, shared, file, below, data, sim: sim.clone() }))
     }
 
     fn pin(&self) -> Pin<'_> {
         let id = self.sim.stamp();
         self.sim.pins.borrow_mut().insert(id);
         Pin(&self.sim, id)
+    }
+
+    /// Where guest data is.
+    fn data(&self) -> &SimFile {
+        self.data.as_ref().unwrap_or(&self.file)
     }
 
     /// Reads a range.
@@ -358,7 +377,7 @@ impl Disk {
                 let n = e.len as usize;
                 match (e.target, &self.below) {
                     (Target::Data { off, .. }, _) => {
-                        out.extend_from_slice(&self.file.read(off, Buf::new(n)).await.1)
+                        out.extend_from_slice(&self.data().read(off, Buf::new(n)).await.1)
                     }
                     (Target::Below { off, .. }, Some(b)) => {
                         out.extend_from_slice(&b.read(off, Buf::new(n)).await.1)
@@ -400,7 +419,7 @@ impl Disk {
                     for e in extents.as_slice() {
                         let Target::Data { off, .. } = e.target else { panic!("write to {e:?}") };
                         let part = &data[(pos - at) as usize..(pos - at + e.len) as usize];
-                        self.file.write(off, Buf::from_slice(part)).await?;
+                        self.data().write(off, Buf::from_slice(part)).await?;
                         pos += e.len;
                     }
                 }
@@ -431,7 +450,7 @@ impl Disk {
         for seg in &grant.segs {
             let part = &all[pos..pos + seg.len as usize];
             let pin = self.pin();
-            let result = self.file.write(seg.off, Buf::from_slice(part)).await;
+            let result = self.data().write(seg.off, Buf::from_slice(part)).await;
             drop(pin);
             if let Err(e) = result {
                 self.image.abort(&grant);
