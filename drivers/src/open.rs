@@ -45,6 +45,17 @@ pub fn node_with(options: BlockdevOptions, how: How) -> Result<NodeSpec, Error> 
     spec(options, common, how)
 }
 
+/// A node to be checked with [`crate::format::qcow2::Qcow2::check`]: damage is no reason to refuse it, backing files
+/// stay closed, and the node itself writes nothing. `EOPNOTSUPP` for formats that cannot be checked.
+pub fn node_for_check(options: BlockdevOptions) -> Result<NodeSpec, Error> {
+    let common = common(&options.base, Common::default())?;
+    let BlockdevDriver::Qcow2(o) = &options.driver else {
+        return Err(Error::new(Errno::ENOTSUP, "This image format does not support checks"));
+    };
+    let open = crate::open_qcow2::open_for_check(o, &common)?;
+    Ok(NodeSpec { name: options.base.node_name.clone(), common, home: None, config: Arc::new(options), open })
+}
+
 /// A child as an option of its parent gives it: in place, inheriting from the parent, or by name.
 pub fn child(of: &BlockdevRef, parent: &Common, role: Role) -> Result<ChildSpec, Error> {
     let options = match of {

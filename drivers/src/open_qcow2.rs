@@ -19,6 +19,11 @@ pub(crate) fn open_fn(o: &BlockdevOptionsQcow2, common: &Common) -> Result<OpenF
     Ok(qcow2::open(options(o, common)?))
 }
 
+/// What opens a qcow2 node to be checked.
+pub(crate) fn open_for_check(o: &BlockdevOptionsQcow2, common: &Common) -> Result<OpenFn, Error> {
+    Ok(qcow2::open(Qcow2Options { check: true, ..options(o, common)? }))
+}
+
 /// The typed options of the driver.
 fn options(o: &BlockdevOptionsQcow2, common: &Common) -> Result<Qcow2Options, Error> {
     let backing = match &o.backing {
