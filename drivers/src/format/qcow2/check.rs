@@ -213,7 +213,7 @@ impl<'a> Check<'a> {
                 self.report.corrupt(format!("found L1 entry with reserved bits set: {entry:x}"));
             }
             let l2 = entry & OFFSET_MASK;
-            if l2 % self.g.cluster_size() != 0 {
+            if !l2.is_multiple_of(self.g.cluster_size()) {
                 self.report.corrupt(format!(
                     "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
                 ));
@@ -338,7 +338,7 @@ impl<'a> Check<'a> {
             if entry == 0 {
                 continue;
             }
-            if entry & REFTABLE_RESERVED != 0 || at % self.g.cluster_size() != 0 {
+            if entry & REFTABLE_RESERVED != 0 || !at.is_multiple_of(self.g.cluster_size()) {
                 self.report.corrupt(format!(
                     "refcount block {i} is not cluster aligned; refcount table entry corrupted"
                 ));
@@ -399,7 +399,7 @@ impl<'a> Check<'a> {
         let mut wrong = Vec::new();
         for (i, &entry) in self.l1.iter().enumerate() {
             let l2 = entry & OFFSET_MASK;
-            if l2 == 0 || l2 % self.g.cluster_size() != 0 || l2 >= self.file_size {
+            if l2 == 0 || !l2.is_multiple_of(self.g.cluster_size()) || l2 >= self.file_size {
                 continue;
             }
             let n = refcount(l2);

@@ -67,7 +67,7 @@ impl Image {
         if self.external() {
             return Err(Errno::ENOTSUP);
         }
-        if off % cs != 0 || data.is_empty() || data.len() as u64 > cs || end > size {
+        if !off.is_multiple_of(cs) || data.is_empty() || data.len() as u64 > cs || end > size {
             return Err(Errno::EINVAL);
         }
         if (data.len() as u64) < cs && end != size {

@@ -119,7 +119,7 @@ impl CreateOptions {
     /// `EINVAL` with the text of `qemu-img create` for the same options.
     pub fn check(&self) -> Result<Geometry, Error> {
         let fail = |text: &str| Err(Error::invalid(text));
-        if self.size % 512 != 0 {
+        if !self.size.is_multiple_of(512) {
             return fail("Image size must be a multiple of 512 bytes");
         }
         let bits = self.cluster_size.trailing_zeros();

@@ -31,7 +31,7 @@ impl Image {
         let g = self.geometry;
         let size = self.shared.size();
         let sub = g.subcluster_size();
-        let aligned = range.start % sub == 0 && (range.end % sub == 0 || range.end == size);
+        let aligned = range.start.is_multiple_of(sub) && (range.end.is_multiple_of(sub) || range.end == size);
         if !aligned || range.end > size || range.start > range.end {
             return Err(Errno::EINVAL);
         }

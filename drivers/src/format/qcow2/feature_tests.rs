@@ -269,7 +269,9 @@ fn check_through_a_node() {
     f.write_all_at(&[0], 0x20000 + 2 * 3 + 1).unwrap();
     f.set_len(10 << 16).unwrap();
     let check = |repair: Repair| {
-        let spec = crate::open::node_for_check(crate::options::from_json(&json(&dir, "a.qcow2", json!({}))).unwrap());
+        let spec = crate::open::node_for_check(
+            crate::options::from_json(&json(&dir, "a.qcow2", json!({}))).unwrap(),
+        );
         let spec = spec.unwrap();
         let report = on_graph(&engine, move |graph| {
             Box::pin(async move {

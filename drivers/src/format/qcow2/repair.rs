@@ -169,7 +169,7 @@ async fn set_copied(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Err
     let mut l1 = check.l1.clone();
     for entry in &mut l1 {
         let l2 = *entry & OFFSET_MASK;
-        if l2 == 0 || l2 % g.cluster_size() != 0 || l2 >= check.file_size {
+        if l2 == 0 || !l2.is_multiple_of(g.cluster_size()) || l2 >= check.file_size {
             continue;
         }
         *entry = flagged(*entry, l2);

@@ -25,7 +25,7 @@ impl Image {
     /// Changes the virtual size.
     pub(super) async fn truncate(self: &Rc<Self>, size: u64, prealloc: Preallocation) -> Result<(), Error> {
         self.writable()?;
-        if size % 512 != 0 {
+        if !size.is_multiple_of(512) {
             return Err(Error::invalid("The new size must be a multiple of 512"));
         }
         {
@@ -159,7 +159,7 @@ impl Image {
     /// The rest of the last cluster becomes visible: it must read as zeros.
     async fn show_tail(self: &Rc<Self>, old: u64) -> Result<(), Errno> {
         let g = self.geometry;
-        if old % g.cluster_size() == 0 {
+        if old.is_multiple_of(g.cluster_size()) {
             return Ok(());
         }
         let c = g.guest_cluster(GuestOffset(old));
