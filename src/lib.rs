@@ -20,6 +20,7 @@
 pub mod cli;
 pub mod daemon;
 pub mod img;
+pub mod io;
 pub mod qmp;
 mod storage;
 pub mod tool;

@@ -2,7 +2,7 @@
 
 use ringblock::cli::{self, Flavour, Parsed};
 use ringblock::daemon;
-use ringblock::img;
+use ringblock::{img, io};
 use ringblock::tool::Tool;
 use std::ffi::OsString;
 use std::path::Path;
@@ -13,6 +13,7 @@ Usage: ringblock COMMAND [ARGUMENT]...
 
   serve    serve a disk over NBD (serve --help tells more)
   img      images at rest: create, info, check, map, convert, compare, resize, bench
+  io       single requests to an image, as typed commands
 
   -h, --help       this text
   -V, --version    the version
@@ -28,9 +29,13 @@ fn main() -> ExitCode {
     if name == "qemu-img" {
         return tool(&name, &called.to_string_lossy(), args, img::main);
     }
+    if name == "qemu-io" {
+        return tool(&name, &called.to_string_lossy(), args, io::main);
+    }
     let command = args.next().unwrap_or_default();
     match command.to_string_lossy().as_ref() {
         "serve" => serve("ringblock", Flavour::Serve, args),
+        "io" => tool("ringblock", "ringblock io", args, io::main),
         "img" => tool("ringblock", "ringblock img", args, img::main),
         "-h" | "--help" | "help" => print(USAGE),
         "-V" | "--version" => print(concat!("ringblock ", env!("CARGO_PKG_VERSION"), "\n")),

@@ -237,7 +237,7 @@ async fn qcow2(image: &Image, options: &BlockdevOptions) -> Result<Info, Error> 
 }
 
 /// `ImageInfoSpecificQCow2`.
-fn specific(head: &Header, bitmaps: Vec<Value>) -> Value {
+pub(super) fn specific(head: &Header, bitmaps: Vec<Value>) -> Value {
     let mut data = Map::new();
     let mut put = |name: &str, value: Value| data.insert(name.to_owned(), value);
     if head.version < 3 {

@@ -11,6 +11,8 @@ mod human;
 mod info;
 mod new;
 
+pub use new::temporary_overlay;
+
 use crate::tool::getopt::{self, Opt, Parsed, opt};
 use crate::tool::{Fail, Outcome, Tool, out};
 
@@ -184,4 +186,9 @@ fn one_image(parsed: &Parsed) -> Result<String, Fail> {
         [one] => Ok(one.clone()),
         _ => Err(Fail::usage("Expecting one image file name")),
     }
+}
+
+/// What only qcow2 images have, as text, without their bitmaps.
+pub fn qcow2_specific(header: &ringblock_drivers::format::qcow2::header::Header) -> String {
+    human::members(&info::specific(header, Vec::new()), 1)
 }

@@ -11,6 +11,7 @@ use crate::tool::image::{self, Access, Source};
 use crate::tool::{Tool, names};
 use ringblock_drivers::format::qcow2::create::{self as layout, CreateOptions};
 use ringblock_drivers::open::How;
+use ringblock_drivers::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevRefOrNull};
 use ringblock_drivers::options::size;
 use ringblock_drivers::options::{Mode, from_tree};
 use ringblock_drivers::protocol::file;
@@ -396,6 +397,41 @@ async fn write_layout(name: &str, image: &layout::NewImage) -> Result<(), Error>
     let written = result.await.map_err(|e| Error::io(e, format!("Could not write '{name}'")));
     let closed = file.close().await;
     written.and(closed)
+}
+
+/// Puts a temporary qcow2 image over a node to be: writes go there and vanish with the program.
+///
+/// The file is made in `$TMPDIR` or /var/tmp and has no name any more when this returns.
+pub async fn temporary_overlay(mut below: BlockdevOptions, access: Access) -> Result<BlockdevOptions, Error> {
+    let read = Access { write: false, unmap: false, ..access };
+    let base = std::mem::take(&mut below.base);
+    read.apply(&mut below);
+    let image = image::attach("", below.clone(), How::default(), read).await?;
+    let size = image.size;
+    image.close().await?;
+    let folder = std::env::var("TMPDIR").unwrap_or_else(|_| "/var/tmp".into());
+    let name = format!("{folder}/rb.{}", std::process::id());
+    let plan = Plan {
+        name: name.clone(),
+        format: "qcow2".into(),
+        given: Given(vec![("size", size.to_string())]),
+        size,
+    };
+    plan.make().await?;
+    // opened once more by number, so that the name can go at once
+    let file = std::fs::File::options().read(true).write(true).open(&name);
+    let file = file.map_err(|e| Error::io(Errno::of(&e), format!("Could not open '{name}'")))?;
+    let _ = std::fs::remove_file(&name);
+    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+    // lives as long as the program: the node may be reopened
+    std::mem::forget(file);
+    let tree = serde_json::json!({"driver": "qcow2", "file": {"driver": "file", "filename": path, "locking": "off"}});
+    let mut top: BlockdevOptions = from_tree(&tree, Mode::Keyval)?;
+    top.base = base;
+    if let BlockdevDriver::Qcow2(q) = &mut top.driver {
+        q.backing = Some(BlockdevRefOrNull::Definition(Box::new(below)));
+    }
+    Ok(top)
 }
 
 fn whole_sectors(size: u64) -> Result<u64, Error> {

@@ -12,7 +12,7 @@
 pub struct Opt {
     /// The letter, or `'\0'` for none.
     pub short: char,
-    /// The long name; also what the option is called in [`Parsed`].
+    /// The long name; also what the option is called in [`Parsed`]. A name of one letter is no long name.
     pub long: &'static str,
     /// What its argument is called in help texts; empty if it takes none.
     pub arg: &'static str,
@@ -79,10 +79,11 @@ fn long_option<'a>(
 
 /// The option with this long name, or the only one that begins with it.
 fn find_long(known: &[Opt], name: &str) -> Result<Opt, String> {
-    if let Some(exact) = known.iter().find(|o| o.long == name) {
+    let known = || known.iter().filter(|o| o.long.len() > 1);
+    if let Some(exact) = known().find(|o| o.long == name) {
         return Ok(*exact);
     }
-    let fits: Vec<_> = known.iter().filter(|o| !name.is_empty() && o.long.starts_with(name)).collect();
+    let fits: Vec<_> = known().filter(|o| !name.is_empty() && o.long.starts_with(name)).collect();
     match fits[..] {
         [] => Err(format!("unrecognized option '--{name}'")),
         [one] => Ok(*one),
@@ -122,9 +123,12 @@ pub fn help(known: &[Opt]) -> String {
     for o in known {
         let mut left = String::from("  ");
         if o.short != '\0' {
-            left += &format!("-{}, ", o.short);
+            left += &format!("-{}", o.short);
+            left += if o.long.len() > 1 { ", " } else { "" };
         }
-        left += &format!("--{}", o.long);
+        if o.long.len() > 1 {
+            left += &format!("--{}", o.long);
+        }
         if !o.arg.is_empty() {
             left += &format!(" {}", o.arg);
         }

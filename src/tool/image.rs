@@ -98,16 +98,40 @@ impl Source {
     }
 
     async fn open_quietly(&self, _tool: &Tool, access: Access) -> Result<Image, Error> {
-        let (mut options, guessed) = self.options().await?;
-        let raw = matches!(options.driver, BlockdevDriver::Raw(_));
-        let probed = guessed && raw && access.write;
-        if probed {
-            warn_guess(&self.name);
-        }
-        access.apply(&mut options);
-        let how = How { probed, ..How::default() };
-        attach(&self.name, options, how, access).await
+        let (options, guessed) = self.options().await?;
+        attach_guessed(&self.name, options, guessed, access).await
     }
+}
+
+/// Adds options to how an image is opened and opens it; warns if it is a raw image only by guess.
+pub async fn attach_guessed(
+    name: &str,
+    mut options: BlockdevOptions,
+    guessed: bool,
+    access: Access,
+) -> Result<Image, Error> {
+    let probed = guessed && access.write && matches!(options.driver, BlockdevDriver::Raw(_));
+    if probed {
+        warn_guess(name);
+    }
+    access.apply(&mut options);
+    attach(name, options, How { probed, ..How::default() }, access).await
+}
+
+/// A root on a node that is there.
+pub async fn root_on(node: &str, access: Access) -> Result<Root, Error> {
+    root_sharing(node, access, perm::ALL).await
+}
+
+async fn root_sharing(node: &str, access: Access, shared: u8) -> Result<Root, Error> {
+    let spec = RootSpec {
+        node: node.to_owned(),
+        perm: access.perms(),
+        shared,
+        user: "a command line tool".into(),
+        throttle: None,
+    };
+    Graph::current().attach(spec).await
 }
 
 impl Access {
@@ -178,14 +202,7 @@ pub async fn attach_sharing(
 ) -> Result<Image, Error> {
     let graph = Graph::current();
     let node = graph.add(open::node_with(options, how)?).await?;
-    let spec = RootSpec {
-        node: node.clone(),
-        perm: access.perms(),
-        shared,
-        user: "a command line tool".into(),
-        throttle: None,
-    };
-    let root = match graph.attach(spec).await {
+    let root = match root_sharing(&node, access, shared).await {
         Ok(root) => root,
         Err(e) => {
             // the node alone is of no use; its own error could only hide this one

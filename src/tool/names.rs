@@ -147,7 +147,7 @@ fn complete_file(child: &mut Value) -> Result<(), Error> {
 }
 
 /// Scalars as strings, so that JSON and `key=value` trees are read the same way. `null` stays.
-fn strings(tree: Value) -> Value {
+pub fn strings(tree: Value) -> Value {
     match tree {
         Value::Bool(b) => Value::from(if b { "on" } else { "off" }),
         Value::Number(n) => Value::from(n.to_string()),

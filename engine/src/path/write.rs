@@ -28,6 +28,7 @@ pub(crate) fn write_node(
         let core = Core::current();
         let mut buf = buf;
         if flags.fua
+            && !flags.compressed
             && let Some(dsync) = fua_leaf(&core, node)
         {
             match write_fast(&core, node, off, buf, dsync).await {
