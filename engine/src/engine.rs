@@ -119,6 +119,8 @@ impl Engine {
                 // a container may forbid it; the core then runs where the scheduler likes
                 let _ = crate::host::linux::cpu::pin(cpu);
             }
+            // without it delays are up to 50 us longer, and all else is as well
+            let _ = crate::host::linux::cpu::precise_timers();
             match make_core(&shared, index, arena, clock) {
                 Ok(core) => {
                     tx.send(Ok(()));

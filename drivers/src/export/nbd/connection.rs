@@ -25,6 +25,7 @@ use ringblock_engine::timer::Sleep;
 
 use super::flow::Flow;
 use super::handshake::{Catalogue, Handshake, INPUT_LIMIT, Negotiated, Step};
+use super::pace::Pace;
 use super::serve::{self, Client};
 use super::transmission::{Command, STATUS_PAYLOAD_LIMIT, Session, Verdict};
 use super::wire::{HeaderError, NbdError, ReplyTo, RequestHeader};
@@ -196,7 +197,7 @@ pub(super) async fn transmit(client: Rc<Client>, session: Session, mut input: In
     let core = Core::current();
     let sender = client.clone();
     let sent = core.spawn_join(async move { sender.flow.run().await });
-    let mut reader = Reader { core, client: client.clone(), session, large: false };
+    let mut reader = Reader { core, client: client.clone(), session, large: false, pace: Pace::default() };
     // However it ends, what was taken on is finished.
     let _ = reader.run(&mut input).await;
     client.flow.close();
@@ -208,22 +209,30 @@ struct Reader {
     client: Rc<Client>,
     session: Session,
     large: bool,
+    pace: Pace,
 }
 
 impl Reader {
     /// Takes in requests until the client leaves or must go.
     async fn run(&mut self, input: &mut Input) -> Result<(), Over> {
+        let mut taken = 0;
         loop {
             if self.client.flow.is_broken() {
                 return Err(Over);
             }
             match RequestHeader::parse(input.bytes(), self.session.framing) {
                 Ok(header) => {
+                    taken += 1;
                     input.used(self.session.framing.request_len());
                     self.request(&header, input).await?;
                 }
                 Err(HeaderError::Short) => {
                     let limit = if self.large { LITTLE } else { RECEIVE };
+                    let pause = self.pace.next(self.core.now_exact(), taken);
+                    taken = 0;
+                    if pause > 0 {
+                        Sleep::ns(pause).await;
+                    }
                     input.more(limit).await?;
                 }
                 Err(HeaderError::Magic) => return Err(Over),

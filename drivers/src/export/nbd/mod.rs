@@ -9,6 +9,7 @@ mod connection;
 mod export;
 mod flow;
 pub mod handshake;
+mod pace;
 mod serve;
 mod server;
 pub mod status;
