@@ -160,7 +160,16 @@ impl Daemon {
     fn add_nbd(&self, options: NbdExportOptions) -> Result<(), Error> {
         let storage = self.storage()?;
         let nbd = lock(&self.nbd);
-        let Some(server) = nbd.clone() else { return Err(Error::invalid("NBD server not running")) };
+        let Some(server) = nbd.clone() else {
+            // Mistakes in the id and in the node's name are told first.
+            drop(self.exports.reserve(&options.id)?);
+            let node = options.node_name;
+            if !storage.info().nodes.iter().any(|n| n.name == node) {
+                let text = format!("Cannot find device='' nor node-name='{node}'");
+                return Err(Error::new(Errno::ENODEV, text));
+            }
+            return Err(Error::invalid("NBD server not running"));
+        };
         let exports = self.exports.clone();
         storage.engine().run(0, move || Box::pin(async move { server.add(&exports, options).await }))
     }
