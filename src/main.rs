@@ -2,8 +2,8 @@
 
 use ringblock::cli::{self, Flavour, Parsed};
 use ringblock::daemon;
-use ringblock::{img, io};
 use ringblock::tool::Tool;
+use ringblock::{img, io};
 use std::ffi::OsString;
 use std::path::Path;
 use std::process::ExitCode;

@@ -13,6 +13,7 @@ use ringblock_engine::host::linux::net::{
     InetListen, Listener, UnixListen, listen_inet, listen_inherited, listen_unix,
 };
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 ringblock_drivers::qapi! {
     /// How an export is removed.
@@ -70,6 +71,9 @@ ringblock_drivers::qapi! {
     }
 }
 
+/// How long the answer to a removal waits for its end.
+const GONE_SOON: Duration = Duration::from_millis(200);
+
 type DaemonCall<'a> = Call<'a, Daemon>;
 
 /// Adds the commands.
@@ -104,7 +108,14 @@ fn remove(call: &DaemonCall<'_>, id: &str, mode: Option<BlockExportRemoveMode>) 
         Some(BlockExportRemoveMode::Hard) => RemoveMode::Hard,
         _ => RemoveMode::Safe,
     };
-    call.context.exports.remove(id, mode).map(|()| Empty {})
+    let exports = &call.context.exports;
+    exports.remove(id, mode)?;
+    // An export without clients is gone in a moment. Scripts count on that, so the answer waits for it a little.
+    let end = Instant::now() + GONE_SOON;
+    while Instant::now() < end && exports.query().iter().any(|e| e.id == id) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    Ok(Empty {})
 }
 
 impl Daemon {
