@@ -184,7 +184,7 @@ impl BlockCopy {
         let s = above.status;
         let class = match s {
             _ if s.zero && s.allocated => Class::Zero,
-            _ if !s.allocated && self.options.skip_unallocated => Class::Skip,
+            _ if !s.allocated && !s.zero && self.options.skip_unallocated => Class::Skip,
             _ if s.zero || !s.data && !s.allocated => Class::Zero,
             _ => Class::Data,
         };

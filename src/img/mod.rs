@@ -6,10 +6,13 @@
 //! argv ─► command table ─► getopt ─► command (one file each) ─► exit status
 //! ```
 
+mod compare;
+mod convert;
 mod create;
 mod human;
 mod info;
 mod new;
+mod progress;
 
 pub use new::temporary_overlay;
 
@@ -33,7 +36,7 @@ const SHARE: Opt = opt('U', "force-share", "", "read even while another process 
 const OBJECT: Opt = opt('\0', "object", "OBJDEF", "define an object");
 const OUTPUT: Opt = opt('\0', "output", "human|json", "form of the output");
 
-const COMMANDS: &[Command] = &[create::COMMAND, info::COMMAND];
+const COMMANDS: &[Command] = &[compare::COMMAND, convert::COMMAND, create::COMMAND, info::COMMAND];
 
 /// Commands of qemu-img that come later.
 const LATER: &[&str] = &["amend", "bitmap", "commit", "dd", "measure", "rebase", "snapshot"];
