@@ -30,7 +30,7 @@ use crate::inbox::{CoreShared, Msg};
 const SLOT_BITS: u32 = 10;
 const INDEX_BITS: u32 = 22;
 /// Tasks a core can hold.
-pub const TASKS_MAX: usize = 1 << INDEX_BITS;
+pub(crate) const TASKS_MAX: usize = 1 << INDEX_BITS;
 
 /// Process-wide table of cores, so that a waker is only a number. Slots are reused.
 static SLOTS: Mutex<Vec<Option<Arc<CoreShared>>>> = Mutex::new(Vec::new());
@@ -244,16 +244,6 @@ impl Exec {
 
     pub(crate) fn has_work(&self) -> bool {
         !self.run.borrow().is_empty()
-    }
-
-    /// Tasks that exist.
-    pub(crate) fn live(&self) -> usize {
-        self.live.get()
-    }
-
-    /// Number of tasks ready to run.
-    pub(crate) fn ready(&self) -> usize {
-        self.run.borrow().len()
     }
 
     /// Rotates the run queue, for the simulator's choice of the next task.

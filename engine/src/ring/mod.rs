@@ -337,10 +337,11 @@ fn complete(entry: &mut Entry, index: usize, res: i32) -> Option<RawOp> {
         }
         Payload::Send(batch) => {
             entry.result = entry.result.saturating_add(res);
-            if batch.advance(res as usize) && res > 0 {
-                if let Some(RawOp::SendMsg { fd, .. }) = entry.raw {
-                    return Some(RawOp::SendMsg { fd, msg: batch.msg() });
-                }
+            if batch.advance(res as usize)
+                && res > 0
+                && let Some(RawOp::SendMsg { fd, .. }) = entry.raw
+            {
+                return Some(RawOp::SendMsg { fd, msg: batch.msg() });
             }
             None
         }

@@ -22,7 +22,7 @@ pub struct SendBatch {
 }
 
 /// Parts of one batch: the kernel's UIO_MAXIOV.
-pub const PARTS_MAX: usize = 1024;
+pub(crate) const PARTS_MAX: usize = 1024;
 
 impl Default for SendBatch {
     fn default() -> SendBatch {
