@@ -12,15 +12,19 @@
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
+use ringblock_engine::core::Core;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Child;
 use ringblock_engine::units::{GuestOffset, HostOffset};
 
-use super::compress::{pack, unpack};
+use super::compress::unpack;
 use super::entry::{COMPRESSED, EntryFormat, L2Entry, Packed, RawEntry};
 use super::geometry::{GuestCluster, HostCluster};
 use super::header::CompressionType;
 use super::owner::Image;
+
+/// Clusters smaller than this are unpacked on the core itself.
+const UNPACK_HERE: usize = 16 << 10;
 
 /// Reads `buf.len()` bytes of the compressed cluster that `cookie` (the L2 entry) names, from guest offset `guest`.
 pub(super) async fn read(
@@ -44,16 +48,26 @@ pub(super) async fn read(
     if let Err(e) = result {
         return (Err(e), buf);
     }
-    if skip == 0 && buf.len() == cs {
-        return (unpack(kind, &bytes, &mut buf), buf);
+    let whole = skip == 0 && buf.len() == cs;
+    let cluster = if whole { std::mem::replace(&mut buf, Buf::new(0)) } else { Buf::new(cs) };
+    let (result, cluster) = unpack_aside(kind, bytes, cluster).await;
+    if whole {
+        return (result, cluster);
     }
-    let mut cluster = Buf::new(cs);
-    let result = unpack(kind, &bytes, &mut cluster);
+    let n = buf.len();
     if result.is_ok() {
-        let n = buf.len();
         buf.copy_from_slice(&cluster[skip..skip + n]);
     }
     (result, buf)
+}
+
+/// Unpacks on the blocking pool, unless the cluster is so small that the way there costs more.
+async fn unpack_aside(kind: CompressionType, bytes: Buf, mut cluster: Buf) -> (Result<(), Errno>, Buf) {
+    if cluster.len() < UNPACK_HERE {
+        return (unpack(kind, &bytes, &mut cluster), cluster);
+    }
+    let work = move || (unpack(kind, &bytes, &mut cluster), cluster);
+    Core::current().blocking(work).await
 }
 
 impl Image {
@@ -77,7 +91,8 @@ impl Image {
         cluster[..data.len()].copy_from_slice(data);
         let kind = self.header.borrow().compression;
         let c = g.guest_cluster(GuestOffset(off));
-        match pack(kind, &cluster)? {
+        let (packed, cluster) = self.runtime.pack(kind, cluster).await;
+        match packed? {
             Some(packed) => self.store_packed(c, &packed).await,
             None => self.store_plain(c, cluster).await,
         }

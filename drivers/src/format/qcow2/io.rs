@@ -8,9 +8,14 @@
 //! ```
 
 use ringblock_engine::Errno;
+use ringblock_engine::core::Core;
 use ringblock_engine::driver::{Flags, LocalFuture, Preallocation};
+use ringblock_engine::event::Event;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Child;
+
+use super::compress::pack;
+use super::header::CompressionType;
 
 /// A file below the image. Any offset and length; reads past the end give zeroes; writes extend it.
 pub(super) trait Store {
@@ -67,10 +72,22 @@ pub(super) trait Runtime {
     fn tick(&self) -> LocalFuture<'_, ()>;
     /// Runs a task in the background.
     fn spawn(&self, task: LocalFuture<'static, ()>);
+
+    /// Packs a cluster, where that does not hold others up.
+    fn pack(
+        &self,
+        kind: CompressionType,
+        cluster: Buf,
+    ) -> LocalFuture<'_, (Result<Option<Vec<u8>>, Errno>, Buf)> {
+        Box::pin(async move { (pack(kind, &cluster), cluster) })
+    }
+
+    /// Tells the world that the image is corrupt; `fatal` if it can no longer be changed.
+    fn corrupt(&self, _message: &str, _fatal: bool) {}
 }
 
-/// The engine's core.
-pub(super) struct EngineRuntime;
+/// The engine's core, for the node of this name.
+pub(super) struct EngineRuntime(pub(super) String);
 
 impl Runtime for EngineRuntime {
     fn tick(&self) -> LocalFuture<'_, ()> {
@@ -78,6 +95,19 @@ impl Runtime for EngineRuntime {
     }
 
     fn spawn(&self, task: LocalFuture<'static, ()>) {
-        ringblock_engine::core::Core::current().spawn(task);
+        Core::current().spawn(task);
+    }
+
+    fn pack(
+        &self,
+        kind: CompressionType,
+        cluster: Buf,
+    ) -> LocalFuture<'_, (Result<Option<Vec<u8>>, Errno>, Buf)> {
+        Box::pin(async move { Core::current().blocking(move || (pack(kind, &cluster), cluster)).await })
+    }
+
+    fn corrupt(&self, message: &str, fatal: bool) {
+        let (node, message) = (self.0.clone(), message.to_owned());
+        Core::current().emit(Event::ImageCorrupted { node, message, offset: None, size: None, fatal });
     }
 }

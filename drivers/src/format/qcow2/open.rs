@@ -87,10 +87,11 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     let driver = Qcow2::new(shared.clone(), &header, file, data, &cx);
     let file_size = file.size()?;
     let parts = Parts { shared, header, geometry: g, l1, reftable, file_size, settings };
+    let name = cx.name.clone();
     let owner = move || -> Rc<dyn Owner> {
         let store = |c: Child| -> Rc<dyn Store> { Rc::new(c) };
         let files = Files { file: store(file), data: data.map(store), below: below.map(store) };
-        Rc::new(Qcow2Owner(Image::new(parts, files, Rc::new(EngineRuntime))))
+        Rc::new(Qcow2Owner(Image::new(parts, files, Rc::new(EngineRuntime(name)))))
     };
     Ok(Opened { driver: Arc::new(driver) as Arc<dyn Driver>, owner: Some(Box::new(owner)) })
 }

@@ -190,6 +190,7 @@ impl Image {
         }
         *self.corrupt_text.borrow_mut() = Some(what.to_owned());
         let was_writable = self.writable().is_ok();
+        self.runtime.corrupt(what, was_writable);
         self.set_poison(Errno::EIO);
         if was_writable && self.header.borrow().version >= 3 {
             self.header.borrow_mut().incompatible |= incompatible::CORRUPT;
