@@ -38,6 +38,11 @@ impl Image {
         self.check_version(kind)?;
         let mut at = range.start;
         while at < range.end {
+            if !self.something_below() && self.l1.get(g.l1_index(g.guest_cluster(GuestOffset(at)))) == 0 {
+                // No table and nothing below: all of it reads as zeros.
+                at = (at / g.l2_span() + 1).saturating_mul(g.l2_span());
+                continue;
+            }
             let end = range.end.min((at / g.slice_span() + 1).saturating_mul(g.slice_span()));
             self.punch_slice(at..end, kind).await?;
             at = end;

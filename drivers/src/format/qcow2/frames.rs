@@ -36,6 +36,8 @@ pub(super) struct Frames {
     free: RefCell<Vec<u32>>,
     hand: Cell<usize>,
     dirty: Cell<usize>,
+    /// All dirty frames, and perhaps some that are not any more.
+    dirty_list: RefCell<Vec<u32>>,
     /// Something became evictable or free.
     pub(super) changed: Event,
 }
@@ -47,6 +49,7 @@ impl Frames {
             free: RefCell::new((0..count).rev().collect()),
             hand: Cell::new(0),
             dirty: Cell::new(0),
+            dirty_list: RefCell::default(),
             changed: Event::default(),
         }
     }
@@ -119,23 +122,32 @@ impl Frames {
         let mut meta = self.meta.borrow_mut();
         let m = &mut meta[frame as usize];
         debug_assert!(m.slice.is_some() && m.pins > 0, "changed only while pinned");
+        self.mark(m, frame);
+    }
+
+    fn mark(&self, m: &mut Meta, frame: u32) {
         if !m.dirty {
             m.dirty = true;
             self.dirty.set(self.dirty.get() + 1);
+            self.dirty_list.borrow_mut().push(frame);
         }
     }
 
     /// All dirty frames with their slices; they count as being written until [`Frames::written`].
     pub(super) fn start_writing(&self) -> Vec<(u32, SliceIndex)> {
+        let list = std::mem::take(&mut *self.dirty_list.borrow_mut());
         let mut out = Vec::with_capacity(self.dirty.get());
-        for (f, m) in self.meta.borrow_mut().iter_mut().enumerate() {
-            debug_assert!(!m.writing, "one write-back at a time");
+        let mut meta = self.meta.borrow_mut();
+        for f in list {
+            let m = &mut meta[f as usize];
             if let (true, Some(s)) = (m.dirty, m.slice) {
+                debug_assert!(!m.writing, "one write-back at a time");
                 m.dirty = false;
                 m.writing = true;
-                out.push((f as u32, s));
+                out.push((f, s));
             }
         }
+        debug_assert_eq!(out.len(), self.dirty.get());
         self.dirty.set(0);
         out
     }
@@ -146,9 +158,8 @@ impl Frames {
         let m = &mut meta[frame as usize];
         debug_assert!(m.writing);
         m.writing = false;
-        if !ok && !m.dirty {
-            m.dirty = true;
-            self.dirty.set(self.dirty.get() + 1);
+        if !ok {
+            self.mark(m, frame);
         }
         drop(meta);
         self.changed.notify();

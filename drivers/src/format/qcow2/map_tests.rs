@@ -115,6 +115,7 @@ fn subclusters() {
 #[test]
 fn readers_see_whole_entries() {
     let s = shared(true, None);
+    s.set_place(SliceIndex(0), Place::Missing);
     let stop = AtomicBool::new(false);
     let span = s.geometry().slice_span();
     std::thread::scope(|scope| {

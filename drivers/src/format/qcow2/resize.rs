@@ -234,6 +234,10 @@ impl Image {
         let last = g.clusters_for(old);
         let mut c = keep;
         while c < last {
+            if self.l1.get(g.l1_index(GuestCluster(c))) == 0 {
+                c = (c / g.l2_entries() + 1) * g.l2_entries();
+                continue;
+            }
             let stop = last.min((c / g.slice_entries() + 1) * g.slice_entries());
             self.drop_clusters(c..stop).await?;
             c = stop;
