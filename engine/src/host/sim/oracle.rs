@@ -14,11 +14,18 @@ use std::ops::Range;
 use super::SECTOR;
 use crate::error::Errno;
 
-/// One value a sector may have. Stamp 0 is zeroes.
+/// One value a sector may have. Every request has a stamp of its own, whatever it writes.
 #[derive(Clone, Copy, Debug)]
 struct Candidate {
     stamp: u64,
+    zero: bool,
     sure: bool,
+}
+
+impl Candidate {
+    fn word(&self, sector: usize) -> u64 {
+        if self.zero { 0 } else { self.stamp << 24 | (sector as u64 & 0xff_ffff) }
+    }
 }
 
 /// The permitted values of every sector of a disk.
@@ -34,7 +41,7 @@ pub struct Flush(Vec<(usize, u64)>);
 impl Oracle {
     /// A disk of zeroes.
     pub fn new(sectors: usize) -> Oracle {
-        Oracle { sectors: vec![vec![Candidate { stamp: 0, sure: true }]; sectors], stamps: 0 }
+        Oracle { sectors: vec![vec![Candidate { stamp: 0, zero: true, sure: true }]; sectors], stamps: 0 }
     }
 
     /// Number of sectors.
@@ -49,24 +56,24 @@ impl Oracle {
 
     /// A write of new data to whole sectors begins: fills the buffer with it. The stamp is for [`Oracle::wrote`].
     pub fn write(&mut self, first: usize, buf: &mut [u8]) -> u64 {
-        self.stamps += 1;
-        let stamp = self.stamps;
+        let stamp = self.begin(first..first + buf.len() / SECTOR as usize, false);
         for (i, sector) in buf.chunks_mut(SECTOR as usize).enumerate() {
-            let word = word(stamp, first + i).to_le_bytes();
+            let word = Candidate { stamp, zero: false, sure: false }.word(first + i).to_le_bytes();
             sector.chunks_mut(8).for_each(|w| w.copy_from_slice(&word));
         }
-        self.begin(first..first + buf.len() / SECTOR as usize, stamp);
         stamp
     }
 
     /// A write of zeroes begins.
     pub fn zero(&mut self, range: Range<usize>) -> u64 {
-        self.begin(range, 0);
-        0
+        self.begin(range, true)
     }
 
-    fn begin(&mut self, range: Range<usize>, stamp: u64) {
-        self.sectors[range].iter_mut().for_each(|s| s.push(Candidate { stamp, sure: false }));
+    fn begin(&mut self, range: Range<usize>, zero: bool) -> u64 {
+        self.stamps += 1;
+        let stamp = self.stamps;
+        self.sectors[range].iter_mut().for_each(|s| s.push(Candidate { stamp, zero, sure: false }));
+        stamp
     }
 
     /// A write has ended. After a failed one, or a discard, the old value may still be there.
@@ -119,11 +126,11 @@ impl Oracle {
             let have: [u8; 8] = sector[..8].try_into().map_err(|_| "a sector of less than 8 bytes")?;
             let have = u64::from_le_bytes(have);
             let uniform = sector.chunks(8).all(|w| w == have.to_le_bytes());
-            if !uniform || !allowed.iter().any(|c| word(c.stamp, at) == have) {
+            if !uniform || !allowed.iter().any(|c| c.word(at) == have) {
                 return Err(format!(
                     "sector {at}: found {}, allowed {:?}",
                     self.describe(have, uniform),
-                    allowed.iter().map(|c| c.stamp).collect::<Vec<_>>()
+                    allowed.iter().map(|c| if c.zero { 0 } else { c.stamp }).collect::<Vec<_>>()
                 ));
             }
         }
@@ -141,10 +148,6 @@ impl Oracle {
             _ => format!("{have:#x}"),
         }
     }
-}
-
-fn word(stamp: u64, sector: usize) -> u64 {
-    if stamp == 0 { 0 } else { stamp << 24 | (sector as u64 & 0xff_ffff) }
 }
 
 /// Whether a request's error is one that injected faults explain.
