@@ -116,7 +116,7 @@ pub struct Branch {
 }
 
 impl Type {
-    /// The name for people: "string", "[BlockdevRef]", …
+    /// The name for people: "string", `[BlockdevRef]`, …
     pub fn label(self) -> String {
         match self {
             Type::Builtin(Builtin::Str) => "str".into(),
