@@ -132,3 +132,114 @@ impl Daemon {
 fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use ringblock_drivers::options::Value;
+    use serde_json::json;
+
+    struct Pipe {
+        daemon: Arc<Daemon>,
+        registry: Registry<Daemon>,
+    }
+
+    impl Pipe {
+        fn new() -> Pipe {
+            Pipe { daemon: Daemon::start(1).unwrap(), registry: Daemon::registry() }
+        }
+
+        fn run(&self, name: &str, args: Value) -> Value {
+            self.registry.run(&self.daemon, name, &args).unwrap_or_else(|e| Value::from(e.message))
+        }
+    }
+
+    fn folder(name: &str) -> std::path::PathBuf {
+        let path = std::env::temp_dir().join(format!("ringblock-daemon-{}-{name}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        path
+    }
+
+    /// Goal: adds are all-or-nothing and names are free again. Method: fail at every level, then add by the same name.
+    #[test]
+    fn failed_adds_leave_nothing() {
+        let p = Pipe::new();
+        let none = p.run("query-named-block-nodes", json!({}));
+        for (args, want) in [
+            (json!({"driver": "null-co"}), "'node-name' must be specified for the root node"),
+            (json!({"driver": "null-co", "node-name": "1"}), "Invalid node-name: '1'"),
+            (
+                json!({"driver": "raw", "node-name": "n", "offset": 2048,
+                       "file": {"driver": "null-co", "node-name": "f", "size": 1024}}),
+                "Offset (2048) cannot be greater than size of the containing file (1024)",
+            ),
+            (
+                json!({"driver": "qcow2", "node-name": "n",
+                       "file": {"driver": "null-co", "node-name": "f", "read-zeroes": true}}),
+                "Image is not in qcow2 format",
+            ),
+            (
+                json!({"driver": "raw", "node-name": "n", "file": {"driver": "file", "filename": "/nope"}}),
+                "Could not open '/nope': No such file or directory",
+            ),
+        ] {
+            assert_eq!(p.run("blockdev-add", args), want);
+            assert_eq!(p.run("query-named-block-nodes", json!({})), none);
+        }
+        let file = json!({"driver": "null-co", "node-name": "f"});
+        assert_eq!(
+            p.run("blockdev-add", json!({"driver": "raw", "node-name": "n", "file": file})),
+            json!({})
+        );
+        assert_eq!(p.run("blockdev-del", json!({"node-name": "f"})), "Node f is not owned by the monitor");
+        assert_eq!(p.run("blockdev-del", json!({"node-name": "n"})), json!({}));
+        assert_eq!(p.run("query-named-block-nodes", json!({})), none);
+        p.daemon.close().unwrap();
+        assert_eq!(p.run("blockdev-add", file), "The daemon is shutting down");
+    }
+
+    /// Goal: an export's life. Method: server, export, mistakes, graph and counters, removal, and the end of the server.
+    #[test]
+    fn exports_live_and_go() {
+        let p = Pipe::new();
+        let socket = folder("exports").join("nbd.sock");
+        let server = json!({"addr": {"type": "unix", "data": {"path": socket}}});
+        p.run("blockdev-add", json!({"driver": "null-co", "node-name": "n", "size": 1048576}));
+        let export = json!({"type": "nbd", "id": "e", "node-name": "n", "writable": true});
+        assert_eq!(p.run("block-export-add", export.clone()), "NBD server not running");
+        assert_eq!(p.run("nbd-server-start", server.clone()), json!({}));
+        assert_eq!(p.run("nbd-server-start", server), "NBD server already running");
+        assert_eq!(p.run("block-export-add", export.clone()), json!({}));
+        assert_eq!(p.run("block-export-add", export.clone()), "Block export id 'e' is already in use");
+        assert_eq!(
+            p.run("query-block-exports", json!({})),
+            json!([{"id": "e", "type": "nbd", "node-name": "n", "shutting-down": false}])
+        );
+        assert_eq!(p.run("blockdev-del", json!({"node-name": "n"})), "Node n is in use");
+        let resize = p.run("block_resize", json!({"node-name": "n", "size": 512}));
+        assert!(resize.as_str().unwrap().starts_with("Permission conflict on node 'n'"), "{resize}");
+        let graph = p.run("x-debug-query-block-graph", json!({}));
+        assert_eq!(graph["edges"][0]["perm"], json!(["consistent-read", "write"]));
+        let stats = p.run("query-blockstats", json!({"query-nodes": true}));
+        assert_eq!((&stats[0]["node-name"], &stats[0]["stats"]["rd_operations"]), (&json!("n"), &json!(0)));
+        assert_eq!(p.run("block-export-del", json!({"id": "e"})), json!({}));
+        assert_eq!(p.run("block-export-add", export), json!({}), "the id is free again");
+        assert_eq!(p.run("nbd-server-stop", json!({})), json!({}));
+        assert_eq!(p.run("query-block-exports", json!({})), json!([]));
+        assert!(!socket.exists());
+        p.daemon.close().unwrap();
+    }
+
+    /// Goal: introspection covers every command. Method: names of both lists.
+    #[test]
+    fn schema_lists_all_commands() {
+        let p = Pipe::new();
+        let commands = p.run("query-commands", json!({}));
+        let schema = p.run("query-qmp-schema", json!({}));
+        let in_schema = |name: &Value| {
+            schema.as_array().unwrap().iter().any(|e| e["meta-type"] == "command" && e["name"] == *name)
+        };
+        assert!(commands.as_array().unwrap().iter().all(|c| in_schema(&c["name"])));
+        p.daemon.close().unwrap();
+    }
+}

@@ -2,14 +2,10 @@
 
 use super::Daemon;
 use crate::qmp::dispatch::{Call, Registry};
-use crate::{Errno, Error};
+use crate::Error;
 use ringblock_drivers::open;
-use ringblock_drivers::options::Qapi;
-use ringblock_drivers::options::Value;
 use ringblock_drivers::options::blockdev::BlockdevOptions;
 use ringblock_drivers::options::types::Empty;
-use ringblock_engine::graph::{Common, EdgeInfo, GraphInfo, Reopen};
-use std::sync::Arc;
 
 ringblock_drivers::qapi! {
     /// Arguments of blockdev-del.

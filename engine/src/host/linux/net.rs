@@ -109,7 +109,12 @@ pub fn listen_unix(opts: &UnixListen) -> Result<Listener, Error> {
     let (addr, len) = unix_addr(path).map_err(failed)?;
     bind(fd.as_fd(), (&raw const addr).cast(), len).map_err(failed)?;
     let made = std::fs::symlink_metadata(path).map_err(|e| failed(Errno::of(&e)))?;
-    let unlink = SocketFile { path: path.to_owned(), dev: made.dev(), ino: made.ino() };
+    // Absolute, because a daemon leaves its folder.
+    let unlink = SocketFile {
+        path: std::path::absolute(path).unwrap_or_else(|_| path.to_owned()),
+        dev: made.dev(),
+        ino: made.ino(),
+    };
     // The umask took its part at bind; the mode asked for is what is wanted.
     std::fs::set_permissions(path, std::os::unix::fs::PermissionsExt::from_mode(opts.mode & 0o777))
         .map_err(|e| failed(Errno::of(&e)))?;
