@@ -1,8 +1,8 @@
 //! Commands that change the graph: blockdev-add, -del, -reopen, block_resize.
 
 use super::Daemon;
-use crate::qmp::dispatch::{Call, Registry};
 use crate::Error;
+use crate::qmp::dispatch::{Call, Registry};
 use ringblock_drivers::open;
 use ringblock_drivers::options::blockdev::BlockdevOptions;
 use ringblock_drivers::options::types::Empty;

@@ -21,6 +21,7 @@ use std::fs::File;
 use std::io::IsTerminal;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 /// What a running daemon holds until it ends.
@@ -57,13 +58,14 @@ fn serve_all(serve: &Serve, ready: Option<Ready>) -> Result<(), Error> {
     // Before any thread is made, so that all have the signals blocked.
     let signals = Signals::take().map_err(|e| Error::io(e, "Could not take signals"))?;
     let daemon = Daemon::start(serve.cores)?;
-    watch_signals(signals, daemon.clone())?;
+    let up = Arc::new(AtomicBool::new(false));
+    watch_signals(signals, daemon.clone(), up.clone())?;
     let server = Server::new(Daemon::registry(), daemon.clone(), daemon.events().clone());
     let mut serving =
         Serving { daemon, server, monitors: Vec::new(), image: None, chardevs: BTreeMap::new() };
-    let up = bring_up(serve, &mut serving);
-    let result = match up {
+    let result = match bring_up(serve, &mut serving) {
         Ok(pidfile) => {
+            up.store(true, Ordering::Release);
             let announced = ready.map_or(Ok(()), Ready::announce);
             if announced.is_ok() {
                 wait(&serving.daemon, serve);
@@ -120,12 +122,24 @@ impl Serving {
 }
 
 /// Turns the first signal into an orderly stop, and the second into the end.
-fn watch_signals(signals: Signals, daemon: Arc<Daemon>) -> Result<(), Error> {
+///
+/// While things are still coming up the main thread may wait for a monitor's first client, so it cannot be told.
+fn watch_signals(signals: Signals, daemon: Arc<Daemon>, up: Arc<AtomicBool>) -> Result<(), Error> {
     let body = move || {
-        for stop in 1.. {
+        let mut told = false;
+        loop {
             match signals.wait(None) {
-                Ok(Some(_)) if stop == 1 => daemon.stop(Stop::Signal),
-                Ok(Some(signal)) => std::process::exit(128 + signal.number()),
+                Ok(Some(_)) if !told && up.load(Ordering::Acquire) => {
+                    daemon.stop(Stop::Signal);
+                    told = true;
+                }
+                Ok(Some(signal)) => {
+                    if !told {
+                        // Its errors have nobody to go to.
+                        let _ = daemon.close();
+                    }
+                    std::process::exit(128 + signal.number());
+                }
                 Ok(None) => {}
                 Err(_) => return,
             }
