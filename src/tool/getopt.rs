@@ -148,7 +148,9 @@ mod tests {
         opt('\0', "output", "OUT", ""),
     ];
 
-    fn run(args: &[&str]) -> Result<(Vec<(&'static str, String)>, Vec<String>), String> {
+    type Taken = (Vec<(&'static str, String)>, Vec<String>);
+
+    fn run(args: &[&str]) -> Result<Taken, String> {
         let args: Vec<String> = args.iter().map(|a| (*a).to_owned()).collect();
         parse(KNOWN, &args).map(|p| (p.options, p.operands))
     }

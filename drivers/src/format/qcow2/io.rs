@@ -66,6 +66,9 @@ impl Store for Child {
     }
 }
 
+/// A cluster packed; `None` where that would not make it smaller.
+pub(super) type Packed = Result<Option<Vec<u8>>, Errno>;
+
 /// Services of the core the owner lives on.
 pub(super) trait Runtime {
     /// Waits until every data transfer that any core started before has completed (the epoch barrier).
@@ -74,11 +77,7 @@ pub(super) trait Runtime {
     fn spawn(&self, task: LocalFuture<'static, ()>);
 
     /// Packs a cluster, where that does not hold others up.
-    fn pack(
-        &self,
-        kind: CompressionType,
-        cluster: Buf,
-    ) -> LocalFuture<'_, (Result<Option<Vec<u8>>, Errno>, Buf)> {
+    fn pack(&self, kind: CompressionType, cluster: Buf) -> LocalFuture<'_, (Packed, Buf)> {
         Box::pin(async move { (pack(kind, &cluster), cluster) })
     }
 
@@ -98,11 +97,7 @@ impl Runtime for EngineRuntime {
         Core::current().spawn(task);
     }
 
-    fn pack(
-        &self,
-        kind: CompressionType,
-        cluster: Buf,
-    ) -> LocalFuture<'_, (Result<Option<Vec<u8>>, Errno>, Buf)> {
+    fn pack(&self, kind: CompressionType, cluster: Buf) -> LocalFuture<'_, (Packed, Buf)> {
         Box::pin(async move { Core::current().blocking(move || (pack(kind, &cluster), cluster)).await })
     }
 
