@@ -6,13 +6,16 @@
 //! argv ─► command table ─► getopt ─► command (one file each) ─► exit status
 //! ```
 
+mod check;
 mod compare;
 mod convert;
 mod create;
 mod human;
 mod info;
+mod map;
 mod new;
 mod progress;
+mod resize;
 
 pub use new::temporary_overlay;
 
@@ -36,7 +39,15 @@ const SHARE: Opt = opt('U', "force-share", "", "read even while another process 
 const OBJECT: Opt = opt('\0', "object", "OBJDEF", "define an object");
 const OUTPUT: Opt = opt('\0', "output", "human|json", "form of the output");
 
-const COMMANDS: &[Command] = &[compare::COMMAND, convert::COMMAND, create::COMMAND, info::COMMAND];
+const COMMANDS: &[Command] = &[
+    check::COMMAND,
+    compare::COMMAND,
+    convert::COMMAND,
+    create::COMMAND,
+    info::COMMAND,
+    map::COMMAND,
+    resize::COMMAND,
+];
 
 /// Commands of qemu-img that come later.
 const LATER: &[&str] = &["amend", "bitmap", "commit", "dd", "measure", "rebase", "snapshot"];
@@ -71,7 +82,17 @@ pub fn main(tool: &Tool, args: &[String]) -> i32 {
         };
         return tool.report("", &Fail::usage(message));
     };
-    run(tool, command, &args[1..])
+    run(tool, command, &signed_size(command, &args[1..]))
+}
+
+/// The last word of `resize` may be a size like "-1M", which is no list of options.
+fn signed_size(command: &Command, args: &[String]) -> Vec<String> {
+    let mut args = args.to_vec();
+    let signed = |a: &String| a.starts_with('-') && a[1..].starts_with(|c: char| c.is_ascii_digit());
+    if command.name == "resize" && args.last().is_some_and(signed) && !args.iter().any(|a| a == "--") {
+        args.insert(args.len() - 1, "--".to_owned());
+    }
+    args
 }
 
 fn run(tool: &Tool, command: &Command, args: &[String]) -> i32 {

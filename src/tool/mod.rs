@@ -141,8 +141,12 @@ pub fn parse_size(text: &str) -> Result<u64, BadSize> {
 
 /// A size option with bounds. Texts as qemu-img gives them.
 pub fn size_option(what: &str, text: &str, least: u64, most: u64) -> Result<u64, Fail> {
+    let negative = text.strip_prefix('-').is_some_and(|t| size::parse(t, 0).is_ok());
     match size::parse(text, 0) {
         Ok(n) if (least..=most).contains(&n) => Ok(n),
+        Err(_) if negative => {
+            Err(format!("Invalid {what} specified. Must be between {least} and {most}.").into())
+        }
         Ok(_) | Err(BadSize::Range) => {
             Err(format!("Invalid {what} specified. Must be between {least} and {most}.").into())
         }
