@@ -27,7 +27,7 @@ pub enum Difference {
     None,
     /// Different bytes in the sector at this offset.
     Content(u64),
-    /// (strict) One is allocated and the other is not, at this offset.
+    /// (strict) The block status of the two is not of one kind, at this offset.
     Status(u64),
 }
 
@@ -58,16 +58,16 @@ pub async fn compare(
     let mut status_differs = None;
     while at < len {
         let mut zero = [false; 2];
-        let mut allocated = [false; 2];
+        let mut flags = [(false, false, false, false, false); 2];
         let mut n = len - at;
         for which in 0..2 {
             let above = roots[which].status_above(None, at..at + n, true).await;
             let s = above.map_err(|errno| Failure { which, reading: false, offset: at, errno })?.status;
             n = n.min(s.len.max(1));
             zero[which] = s.zero || !s.allocated && !s.data;
-            allocated[which] = s.allocated;
+            flags[which] = (s.data, s.zero, s.allocated, s.encoded, s.offset.is_some());
         }
-        if strict && allocated[0] != allocated[1] {
+        if strict && flags[0] != flags[1] {
             status_differs = Some(at);
             break;
         }

@@ -5,7 +5,7 @@
 use super::{Command, Common, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, QUIET, SHARE, one_image};
 use crate::tool::cache::Cache;
 use crate::tool::getopt::{Parsed, opt};
-use crate::tool::image::Access;
+use crate::tool::image::{self, Access};
 use crate::tool::{Fail, Outcome, Tool, err, json, on_engine, out};
 use ringblock_drivers::format::qcow2::{CheckReport, Qcow2, Repair};
 use ringblock_drivers::open as nodes;
@@ -69,7 +69,7 @@ fn run(_tool: &Tool, parsed: Parsed) -> Outcome {
             let opened = open(&common, &name, access).await;
             let named = |e: Error| match e.errno {
                 Errno::ENOTSUP => Fail::from(e).code(UNSUPPORTED),
-                _ => Fail::from(e.context(format_args!("Could not open '{name}'"))),
+                _ => image::lock_hint(e.context(format_args!("Could not open '{name}'")), &name).into(),
             };
             let (node, driver) = opened.map_err(named)?;
             let result = check(&driver, fix, &common, &name).await;

@@ -11,6 +11,7 @@ use crate::tool::cache::Cache;
 use crate::tool::getopt::{Parsed, opt};
 use crate::tool::image::{Access, Image, Source};
 use crate::tool::{Fail, Outcome, Tool, on_engine, parse_size, size_option};
+use ringblock_drivers::options::size::BadSize;
 use ringblock_engine::Error;
 use ringblock_engine::throttle::{Config, Group, Kind, Rate};
 use ringblock_jobs::copy::{Doing, Failure};
@@ -159,7 +160,7 @@ fn check(w: &Wanted, later: &[&str], bitmaps: [bool; 2], sparse_given: bool) -> 
     let rules: [(bool, &str); 12] = [
         (bitmaps[1] && !bitmaps[0], "Use of --skip-broken-bitmaps requires --bitmaps"),
         (w.source_opts && w.source_format.is_some(), "--image-opts and --format are mutually exclusive"),
-        (w.target_opts && w.target_format.is_some(), "--target-image-opts and -O are mutually exclusive"),
+        (w.target_opts && w.target_format.is_some(), "--image-opts and --format are mutually exclusive"),
         (w.target_opts && !w.no_create, "--target-image-opts requires use of -n flag"),
         (w.compress && offload, "Cannot enable copy offloading when -c is used"),
         (sparse_given && offload, "Cannot enable copy offloading when -S is used"),
@@ -167,16 +168,16 @@ fn check(w: &Wanted, later: &[&str], bitmaps: [bool; 2], sparse_given: bool) -> 
         (w.no_create && !w.new.options.is_empty(), "-o has no effect when skipping image creation"),
         (bitmaps[0] && w.sources.len() > 2, "Copying bitmaps only possible with single source"),
         (
+            w.new.backing.is_some() && w.sources.len() > 2,
+            "Having a backing file for the target makes no sense when concatenating multiple input images",
+        ),
+        (
             w.new.backing.is_some()
                 && w.new.backing_format.is_none()
                 && w.target_format.as_deref() == Some("qcow2"),
             "Use of backing file requires explicit backing format",
         ),
         (bitmaps[0], "--bitmaps is not supported yet"),
-        (
-            w.new.backing.is_some() && w.sources.len() > 2,
-            "Having a backing file for the target makes no sense when concatenating multiple input images",
-        ),
     ];
     if let Some((_, text)) = rules.iter().find(|(broken, _)| *broken) {
         return Err((*text).into());
@@ -188,6 +189,9 @@ fn check(w: &Wanted, later: &[&str], bitmaps: [bool; 2], sparse_given: bool) -> 
 }
 
 fn sparse(text: &str) -> Result<u64, Fail> {
+    if parse_size(text) == Err(BadSize::Syntax) {
+        return Err(format!("Invalid buffer size for sparse output specified: '{text}'.").into());
+    }
     let n = parse_size(text).ok().filter(|n| n % 512 == 0 && *n <= 16 << 20);
     n.ok_or_else(|| {
         Fail::from(
@@ -234,7 +238,7 @@ async fn work(tool: Tool, w: Wanted) -> Outcome {
         workers: w.parallel,
         chunk: (2 << 20u64).max(cluster) as usize,
         sparse: w.sparse as usize,
-        target_is_zero: (!w.no_create || w.target_is_zero) && !backed,
+        target_is_zero: !backed && (w.target_is_zero || !w.no_create && !on_device(&target)),
         base,
         skip_unallocated: backed,
         compress: w.compress.then_some(cluster),
@@ -270,21 +274,25 @@ async fn open_target(tool: &Tool, w: &Wanted, size: u64) -> Result<(Image, bool)
     if w.compress && preallocated {
         return Err("Compression and preallocation not supported at the same time".into());
     }
-    let new = NewImage { size: Some(size), size_is_default: true, ..w.new.clone() };
-    let failed = |e: Error| match e.message.starts_with("Unknown file format") {
-        true => Fail::from(e),
-        false => Fail::from(e.context(format_args!("{name}: error while converting {}", w.new.format))),
-    };
+    // a backing file that is not there shows when the target is opened
+    let new = NewImage { size: Some(size), size_is_default: true, unsafe_backing: true, ..w.new.clone() };
     let plan = match new::plan(tool, &new).await {
-        Ok(plan) => plan,
-        Err(e) if e.message.starts_with("Unknown") || e.message.contains("acking file") => {
-            return Err(e.into());
+        Err(e) if e.message == new::NO_BACKING_FORMAT => {
+            return Err("Use of backing file requires explicit backing format".into());
         }
-        Err(e) => return Err(failed(e)),
+        plan => plan?,
     };
+    let failed = |e: Error| e.context(format_args!("{name}: error while converting {}", w.new.format));
     plan.make().await.map_err(failed)?;
     let source = Source::file(name.clone(), Some(&w.new.format));
     Ok((source.open(tool, w.target).await?, preallocated))
+}
+
+/// Whether the bytes are those of a device, which holds what it held before even if the image on it is new.
+fn on_device(target: &Image) -> bool {
+    let device = |n: ringblock_engine::graph::NodeInfo| n.driver.name() == "host_device";
+    let below = || target.format == "raw" && target.child("file").is_some_and(device);
+    target.info().is_some_and(device) || below()
 }
 
 async fn cluster_size(target: &Image) -> Result<u64, Fail> {

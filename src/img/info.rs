@@ -105,7 +105,9 @@ async fn collect(tool: &Tool, first: Source, chain: bool, share: bool) -> Result
             return Err(Error::invalid(text));
         }
         let info = one(tool, &source, share).await;
-        let info = info.map_err(|e| e.context(format_args!("Could not open '{}'", source.name)))?;
+        let info = info.map_err(|e| {
+            image::lock_hint(e.context(format_args!("Could not open '{}'", source.name)), &source.name)
+        })?;
         names.push(source.name);
         if chain && let Some((_, format, full)) = &info.backing {
             next = Some(Source::file(full.clone(), format.as_deref()));

@@ -235,6 +235,9 @@ pub(super) async fn plan(tool: &Tool, wanted: &Wanted) -> Result<Plan, Error> {
     Ok(Plan { name: wanted.name.clone(), format: wanted.format.clone(), given, size })
 }
 
+/// Said of a backing file whose format is not named.
+pub(super) const NO_BACKING_FORMAT: &str = "Backing file specified without backing format";
+
 fn no_backing(format: &str) -> Error {
     Error::new(Errno::ENOTSUP, format!("Backing file not supported for file format '{format}'"))
 }
@@ -257,7 +260,7 @@ async fn backing_size(tool: &Tool, wanted: &Wanted, given: &Given) -> Result<Opt
     if wanted.unsafe_backing {
         return match format {
             Some(_) => Ok(None),
-            None => Err(Error::invalid("Backing file specified without backing format")),
+            None => Err(Error::invalid(NO_BACKING_FORMAT)),
         };
     }
     let access = Access { cache: crate::tool::cache::Cache::WRITEBACK, ..Access::default() };
@@ -320,10 +323,11 @@ impl Plan {
 
     /// Makes the files.
     pub(super) async fn make(&self) -> Result<(), Error> {
-        match self.format.as_str() {
+        let made = match self.format.as_str() {
             "qcow2" => self.make_qcow2().await,
             _ => self.make_raw().await,
-        }
+        };
+        made.map_err(|e| image::lock_hint(e, &self.name))
     }
 
     async fn make_raw(&self) -> Result<(), Error> {

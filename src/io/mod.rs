@@ -101,6 +101,7 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
             let mut session = Session::new(tool.clone());
             if let Some(name) = how.name.clone() {
                 let opened = session.open(how).await;
+                let opened = opened.map_err(|e| crate::tool::image::lock_hint(e, &name));
                 opened.map_err(|e| Fail::from(can_not_open(&name, &e.message)))?;
             }
             let failed = if commands.is_empty() {

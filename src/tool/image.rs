@@ -11,8 +11,10 @@
 use super::cache::Cache;
 use super::{Tool, err, names};
 use ringblock_drivers::format::probe;
+use ringblock_drivers::format::qcow2::header::{self, Header};
+use ringblock_drivers::format::qcow2::open::is_plain_path;
 use ringblock_drivers::open::{self, How};
-use ringblock_drivers::options::blockdev::{BlockdevDriver, BlockdevOptions};
+use ringblock_drivers::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevRef};
 use ringblock_drivers::options::types::{
     BlockdevAioOptions, BlockdevCacheOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions,
 };
@@ -94,13 +96,21 @@ impl Source {
     /// Opens it. Errors begin with "Could not open 'NAME': ".
     pub async fn open(&self, tool: &Tool, access: Access) -> Result<Image, Error> {
         let opened = self.open_quietly(tool, access).await;
-        opened.map_err(|e| e.context(format_args!("Could not open '{}'", self.name)))
+        opened.map_err(|e| lock_hint(e.context(format_args!("Could not open '{}'", self.name)), &self.name))
     }
 
     async fn open_quietly(&self, _tool: &Tool, access: Access) -> Result<Image, Error> {
         let (options, guessed) = self.options().await?;
         attach_guessed(&self.name, options, guessed, access).await
     }
+}
+
+/// Says what a refused image lock means.
+pub fn lock_hint(mut e: Error, name: &str) -> Error {
+    if e.message.contains("Failed to get ") && e.message.ends_with(" lock") {
+        e.message.push_str(&format!("\nIs another process using the image [{name}]?"));
+    }
+    e
 }
 
 /// Adds options to how an image is opened and opens it; warns if it is a raw image only by guess.
@@ -114,8 +124,30 @@ pub async fn attach_guessed(
     if probed {
         warn_guess(name);
     }
+    allow_data_file(&mut options).await?;
     access.apply(&mut options);
     attach(name, options, How { probed, ..How::default() }, access).await
+}
+
+/// Puts the external data file that a qcow2 image names into its options, where the user did not name one: who runs a
+/// tool on an image asks for its data. Only plain paths are taken, seen from the working directory as by the peer.
+async fn allow_data_file(options: &mut BlockdevOptions) -> Result<(), Error> {
+    let BlockdevDriver::Qcow2(o) = &mut options.driver else { return Ok(()) };
+    let (None, BlockdevRef::Definition(file)) = (&o.data_file, &o.file) else { return Ok(()) };
+    let start = head((**file).clone(), probe::HEAD as u64).await?;
+    let features = start.get(72..80).and_then(|b| b.try_into().ok()).map_or(0, u64::from_be_bytes);
+    let version = start.get(4..8).and_then(|b| b.try_into().ok()).map_or(0, u32::from_be_bytes);
+    if version < 3 || features & header::incompatible::DATA_FILE == 0 {
+        return Ok(());
+    }
+    // what is wrong with the header is for the driver to say
+    let Ok(bits) = header::peek_cluster_bits(&start) else { return Ok(()) };
+    let Ok(parsed) = Header::parse(&head((**file).clone(), 1 << bits).await?) else { return Ok(()) };
+    if let Some(name) = parsed.extensions.data_file.filter(|n| is_plain_path(n)) {
+        let data: BlockdevOptions = from_tree(&names::protocol_node(&name)?, Mode::Keyval)?;
+        o.data_file = Some(BlockdevRef::Definition(Box::new(data)));
+    }
+    Ok(())
 }
 
 /// A root on a node that is there.
@@ -261,17 +293,17 @@ async fn fill_format(tree: &mut Value) -> Result<bool, Error> {
 /// The format that the bytes of a protocol node look like. Errors: it cannot be opened or read.
 async fn probe_node(tree: &Value) -> Result<&'static str, Error> {
     let options: BlockdevOptions = from_tree(tree, Mode::Keyval)?;
-    let head = head(options).await?;
+    let head = head(options, probe::HEAD as u64).await?;
     Ok(probe::probe(&head))
 }
 
 /// The first bytes of a node that is opened only for that, without keeping anyone from using it.
-async fn head(mut options: BlockdevOptions) -> Result<Vec<u8>, Error> {
+async fn head(mut options: BlockdevOptions, len: u64) -> Result<Vec<u8>, Error> {
     let access = Access { force_share: true, ..Access::default() };
     access.apply(&mut options);
     options.base.node_name = None;
     let image = attach("", options, How::default(), access).await?;
-    let len = image.size.min(probe::HEAD as u64) as usize;
+    let len = image.size.min(len) as usize;
     let (done, buf) = image.root.read(0, Buf::new(len)).await;
     image.close().await?;
     done.map_err(|e| Error::io(e, "Could not read image for determining its format"))?;
