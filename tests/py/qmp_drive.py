@@ -137,7 +137,9 @@ async def main(control, nbd, image):
                                                                        for k, v in export.items()})
     await qmp.execute("nbd-server-start", {"addr": {"type": "unix", "data": {"path": nbd + "2"}}})
     await qmp.execute("nbd-server-add", {"device": "n", "name": "legacy", "writable": True})
-    await qmp.execute("nbd-server-remove", {"name": "legacy"})
+    with qmp.listener("BLOCK_EXPORT_DELETED") as deleted:
+        await qmp.execute("nbd-server-remove", {"name": "legacy"})
+        await asyncio.wait_for(deleted.get(), 10)
     await refused(qmp, "Export 'legacy' is not found", "nbd-server-remove", name="legacy")
 
     # Reopen read-only and back; then a writable export is refused meanwhile.

@@ -98,6 +98,16 @@ impl Recipe {
         dir.file(&format!("{}.data", self.name))
     }
 
+    /// The image as the tools take it after `--image-opts`: its data file is named there, for a file that only
+    /// the image names is not opened.
+    pub fn spec(&self, dir: &TestDir, image: &str) -> String {
+        let mut spec = format!("driver=qcow2,file.driver=file,file.filename={image}");
+        if let Base::DataFile(_) = self.base {
+            spec += &format!(",data-file.driver=file,data-file.filename={}", self.data_file(dir));
+        }
+        spec
+    }
+
     /// The node `q` for the image of this recipe, its data file named: a daemon opens no file that only the
     /// image names.
     pub fn node(&self, dir: &TestDir, image: &str) -> String {
@@ -233,11 +243,16 @@ fn range(rng: &mut Rng, limit: u64) -> (u64, u64) {
 
 /// Runs `commands` on a qcow2 image through `io` (a program with `qemu-io`'s command line).
 pub fn run_io(io: fn() -> Cmd, dir: &TestDir, image: &str, commands: &[String]) {
-    let mut cmd = io().dir(dir.path()).line("-f qcow2 -d unmap");
+    run_io_on(io, dir, &["-f", "qcow2", image], commands);
+}
+
+/// Likewise; `image` are the arguments that name it.
+pub fn run_io_on(io: fn() -> Cmd, dir: &TestDir, image: &[&str], commands: &[String]) {
+    let mut cmd = io().dir(dir.path()).line("-d unmap");
     for command in commands {
         cmd = cmd.arg("-c").arg(command);
     }
-    cmd.arg(image).ok();
+    cmd.args(image).ok();
 }
 
 /// Fails unless the peer's check finds nothing at all wrong, not even a leak.

@@ -71,8 +71,33 @@ pub fn disk_size(text: &str) -> String {
     lines.join("\n")
 }
 
+/// Takes out progress reports but the fact that there were any, the prompt's name, and the options in a
+/// command's usage line.
+pub fn manners(text: &str) -> String {
+    let mut clean = String::new();
+    let mut reported = false;
+    for piece in text.split('\r') {
+        let rest = match piece.split_once("/100%)") {
+            Some((front, rest)) if front.trim_start().starts_with('(') => {
+                reported = true;
+                rest
+            }
+            _ => piece,
+        };
+        clean += if reported { rest.trim_start_matches('\n') } else { rest };
+    }
+    if reported {
+        clean = format!("PROGRESS\n{clean}");
+    }
+    let usage = |line: &str| match (line.find(" ["), line.find(" -- ")) {
+        (Some(option), Some(_)) => format!("USAGE of {}", &line[..option]),
+        _ => line.replace("ringblock> ", "qemu-io> "),
+    };
+    clean.lines().map(usage).collect::<Vec<_>>().join("\n")
+}
+
 /// An output with everything replaced that may differ: exit code, standard output and standard error.
 pub fn output(out: &Output) -> (i32, String, String) {
-    let clean = |text: &str| rates(&program(text));
+    let clean = |text: &str| manners(&rates(&program(text)));
     (out.code, clean(&out.stdout), clean(&out.stderr))
 }

@@ -86,7 +86,12 @@ impl Twins {
                 self.wrong.push(format!("### the data file of {name} differs"));
             }
         } else {
-            let same = tools::qemu_img().line("compare -s -f").args([format, "-F", format, &a, &b]).run();
+            // Not strictly: which zeroes take space is each program's own choice.
+            let same = tools::qemu_img().line("compare -f").args([format, "-F", format, &a, &b]).run();
+            let len = |path: &str| std::fs::metadata(path).map_or(0, |m| m.len());
+            if format == "raw" && len(&a) != len(&b) {
+                self.wrong.push(format!("### {name}: {} bytes with us, {} with the peer", len(&a), len(&b)));
+            }
             if same.code != 0 {
                 self.wrong.push(format!("### {name} differs: {}", same.describe()));
             }
@@ -96,6 +101,15 @@ impl Twins {
             if check.code != 0 {
                 self.wrong.push(format!("### our {name} is not sound: {}", check.describe()));
             }
+        }
+    }
+
+    /// Notes a difference if a failed command of ours left the file `name` behind.
+    pub fn nothing_left(&mut self, name: &str) {
+        self.seen += 1;
+        // The peer itself does, now and then.
+        if tools::is_product("RINGBLOCK_IMG") && Path::new(&self.ours.file(name)).exists() {
+            self.wrong.push(format!("### our failed command left {name}"));
         }
     }
 
