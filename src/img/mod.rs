@@ -6,6 +6,7 @@
 //! argv ─► command table ─► getopt ─► command (one file each) ─► exit status
 //! ```
 
+mod bench;
 mod check;
 mod compare;
 mod convert;
@@ -40,6 +41,7 @@ const OBJECT: Opt = opt('\0', "object", "OBJDEF", "define an object");
 const OUTPUT: Opt = opt('\0', "output", "human|json", "form of the output");
 
 const COMMANDS: &[Command] = &[
+    bench::COMMAND,
     check::COMMAND,
     compare::COMMAND,
     convert::COMMAND,
