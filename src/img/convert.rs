@@ -285,7 +285,9 @@ async fn open_target(tool: &Tool, w: &Wanted, size: u64) -> Result<(Image, bool)
     let failed = |e: Error| e.context(format_args!("{name}: error while converting {}", w.new.format));
     plan.make().await.map_err(failed)?;
     let source = Source::file(name.clone(), Some(&w.new.format));
-    Ok((source.open(tool, w.target).await?, preallocated))
+    // the data file is the one that we have just made
+    let image = source.open_with(plan.data_file(), w.target).await?;
+    Ok((image, preallocated))
 }
 
 /// Whether the bytes are those of a device, which holds what it held before even if the image on it is new.

@@ -321,6 +321,11 @@ impl Plan {
         text + "\n"
     }
 
+    /// The external data file, as it was named.
+    pub(super) fn data_file(&self) -> Option<&str> {
+        self.given.get("data_file").filter(|v| !v.is_empty())
+    }
+
     /// Makes the files.
     pub(super) async fn make(&self) -> Result<(), Error> {
         let made = match self.format.as_str() {

@@ -99,6 +99,20 @@ impl Source {
         opened.map_err(|e| lock_hint(e.context(format_args!("Could not open '{}'", self.name)), &self.name))
     }
 
+    /// Opens it, naming its external data file where it has one.
+    pub async fn open_with(&self, data_file: Option<&str>, access: Access) -> Result<Image, Error> {
+        let (mut options, guessed) = self.options().await?;
+        if let (Some(path), BlockdevDriver::Qcow2(o)) = (data_file, &mut options.driver) {
+            let file = BlockdevOptions {
+                base: Default::default(),
+                driver: ringblock_drivers::image::protocol(path),
+            };
+            o.data_file = Some(ringblock_drivers::options::blockdev::BlockdevRef::Definition(Box::new(file)));
+        }
+        let opened = attach_guessed(&self.name, options, guessed, access).await;
+        opened.map_err(|e| lock_hint(e.context(format_args!("Could not open '{}'", self.name)), &self.name))
+    }
+
     async fn open_quietly(&self, _tool: &Tool, access: Access) -> Result<Image, Error> {
         let (options, guessed) = self.options().await?;
         attach_guessed(&self.name, options, guessed, access).await

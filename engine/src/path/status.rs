@@ -16,6 +16,8 @@ pub struct Above {
     pub depth: u32,
     /// That layer.
     pub node: NodeId,
+    /// The layer below it, which would be asked next, ends before this range.
+    pub past_end: bool,
 }
 
 /// Status of the beginning of a range in one node. The range is inside the node and not empty.
@@ -112,6 +114,7 @@ pub(crate) async fn status_above(
             // below a short backing file there is nothing: zeroes, and the layer above is the one to name
             if let Some(mut above) = last {
                 above.status.zero = true;
+                above.past_end = true;
                 return Ok(above);
             }
             return Err(Errno::EINVAL);
@@ -119,7 +122,7 @@ pub(crate) async fn status_above(
         range.end = range.end.min(size);
         let status = status_node(id, range.clone(), want_zero).await?;
         range.end = range.start + status.len;
-        let here = Above { status, depth, node: id };
+        let here = Above { status, depth, node: id, past_end: false };
         if status.allocated {
             return Ok(here);
         }

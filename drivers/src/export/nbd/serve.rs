@@ -154,6 +154,8 @@ async fn status(
             let flags = match id {
                 BASE_ID => base_flags(s.data, s.zero),
                 _ if s.allocated => above.depth.saturating_add(1),
+                // what lies past the end of a shorter layer counts as that layer's
+                _ if above.past_end => above.depth.saturating_add(2),
                 _ => 0,
             };
             if s.len == 0 {

@@ -57,6 +57,12 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     }
     let g = header.geometry()?;
     let sizes = cache.sizes(&g, header.size)?;
+    if !check {
+        // what is not there would read as empty tables, and be written over them
+        let end = file.size()?;
+        table_inside(end, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table")?;
+        table_inside(end, header.reftable_offset, 8, "Could not read refcount table")?;
+    }
     let l1 =
         read_table(&file, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table").await?;
     let reftable_bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
@@ -94,6 +100,14 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
         Rc::new(Qcow2Owner(Image::new(parts, files, Rc::new(EngineRuntime(name)))))
     };
     Ok(Opened { driver: Arc::new(driver) as Arc<dyn Driver>, owner: Some(Box::new(owner)) })
+}
+
+/// Refuses a table that reaches past the end of the file.
+fn table_inside(end: u64, at: HostOffset, bytes: u64, what: &str) -> Result<(), Error> {
+    match at.0.checked_add(bytes) {
+        Some(stop) if stop <= end || bytes == 0 => Ok(()),
+        _ => Err(Error::io(Errno::EIO, what)),
+    }
 }
 
 /// Reads and parses the header.
