@@ -32,6 +32,9 @@ pub(super) const COMMAND: Command = Command {
     run,
 };
 
+/// What a repair of leaks alone says when refcounts are too low: those have to be raised first.
+const REBUILD: &str = "ERROR need to rebuild refcount structures";
+
 /// The format cannot be checked.
 const UNSUPPORTED: i32 = 63;
 
@@ -94,14 +97,17 @@ async fn check(driver: &Arc<dyn Driver>, fix: Repair, common: &Common, name: &st
     let driver: &Qcow2 = driver.as_any().downcast_ref().ok_or("The node is not a qcow2 node")?;
     let failed = |e: Error| Fail::from(e.context("Check failed"));
     let mut report = driver.check(Repair::None).await.map_err(failed)?;
-    say(&report.messages);
-    if fix == Repair::Leaks && report.corruptions > 0 {
-        // counters that are too low have to be raised before any may be lowered
-        err("ERROR need to rebuild refcount structures\n");
-        return Err("Check failed: Input/output error".into());
+    if fix != Repair::None {
+        // flags are looked at again when the refcounts are right
+        report.messages.retain(|m| !m.contains("OFLAG_COPIED"));
     }
+    say(&report.messages);
     if fix != Repair::None {
         report = driver.check(fix).await.map_err(failed)?;
+        if report.messages.iter().any(|m| m == REBUILD) {
+            err(&format!("{REBUILD}\n"));
+            return Err("Check failed: Input/output error".into());
+        }
         say(&report.messages);
         if common.output == Output::Human
             && !common.quiet

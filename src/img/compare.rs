@@ -101,17 +101,13 @@ async fn work(tool: Tool, w: Wanted) -> Outcome {
         }
         other => other,
     };
-    progress.end(true);
-    match verdict {
-        None => {
-            say("Images are identical.");
-            Ok(0)
-        }
-        Some(text) => {
-            say(&text);
-            Ok(1)
-        }
+    let code = i32::from(verdict.is_some());
+    if verdict.is_none() {
+        progress.full();
     }
+    say(verdict.as_deref().unwrap_or("Images are identical."));
+    progress.newline();
+    Ok(code)
 }
 
 fn failure(w: &Wanted, f: ringblock_jobs::compare::Failure) -> Fail {

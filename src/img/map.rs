@@ -17,8 +17,8 @@ pub(super) const COMMAND: Command = Command {
     options: &[
         FORMAT,
         IMAGE_OPTS,
-        opt('\0', "start-offset", "OFFSET", "begin here"),
-        opt('\0', "max-length", "LENGTH", "at most so far"),
+        opt('s', "start-offset", "OFFSET", "begin here"),
+        opt('l', "max-length", "LENGTH", "at most so far"),
         OUTPUT,
         SHARE,
         OBJECT,

@@ -46,6 +46,18 @@ impl Progress {
         if ok {
             self.show(10_000);
         }
+        self.newline();
+    }
+
+    /// Everything is done, unless that was said already.
+    pub(super) fn full(&self) {
+        if self.shown.get() < 10_000 {
+            self.show(10_000);
+        }
+    }
+
+    /// Ends the line.
+    pub(super) fn newline(&self) {
         if self.on {
             out("\n");
         }

@@ -3,7 +3,7 @@
 use super::session::Session;
 use super::{aio, misc, rw};
 use crate::tool::getopt::{self, Opt, Parsed};
-use crate::tool::out;
+use crate::tool::{err, out};
 use ringblock_drivers::options::size::{self, BadSize};
 use ringblock_engine::driver::LocalFuture;
 
@@ -66,15 +66,15 @@ pub(super) async fn run(session: &mut Session, line: &str) -> bool {
     let words: Vec<String> = line.split_ascii_whitespace().map(str::to_owned).collect();
     let Some((name, args)) = words.split_first() else { return true };
     let Some(c) = find(name) else {
-        out(&format!("command \"{name}\" not found\n"));
+        err(&format!("command \"{name}\" not found\n"));
         return false;
     };
     if session.open.is_none() && !c.without_image {
-        out("no file open, try 'help open'\n");
+        err("no file open, try 'help open'\n");
         return false;
     }
     if let Some(complaint) = count_complaint(name, args.len(), c.words) {
-        out(&complaint);
+        err(&complaint);
         return false;
     }
     let parsed = match getopt::parse(c.options, args) {
@@ -82,7 +82,7 @@ pub(super) async fn run(session: &mut Session, line: &str) -> bool {
         _ if c.options.is_empty() => Parsed { operands: args.to_vec(), ..Parsed::default() },
         Ok(parsed) => parsed,
         Err(mistake) => {
-            crate::tool::err(&format!("{}: {mistake}\n", c.name));
+            err(&format!("{}: {mistake}\n", c.name));
             out(&usage(c));
             return false;
         }

@@ -95,6 +95,9 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
         }
     }
     how.name = parsed.operands.into_iter().next();
+    if how.image_opts && how.format.is_some() {
+        return Err("--image-opts and -f are mutually exclusive".into());
+    }
     let tool = tool.clone();
     on_engine(1, move || {
         Box::pin(async move {

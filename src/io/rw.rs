@@ -30,7 +30,7 @@ const READ: Command = Command {
         opt('s', "s", "OFF", "where the test begins in the data"),
         opt('l', "l", "LEN", "how many bytes are tested"),
     ],
-    run: |s, p| Box::pin(read(s, p)),
+    run: |s, p| Box::pin(read(s, p, false)),
 };
 
 const WRITE: Command = Command {
@@ -55,14 +55,30 @@ const WRITE: Command = Command {
         opt('P', "P", "BYTE", "fill with this byte (default: 0xcd)"),
         opt('s', "s", "FILE", "fill with this file's content, over and over"),
     ],
-    run: |s, p| Box::pin(write(s, p)),
+    run: |s, p| Box::pin(write(s, p, false)),
+};
+
+const READV: Command = Command {
+    name: "readv",
+    alias: "",
+    args: "[-Cqrv] [-P pattern] off len [len..]",
+    run: |s, p| Box::pin(read(s, p, true)),
+    ..READ
+};
+
+const WRITEV: Command = Command {
+    name: "writev",
+    alias: "",
+    args: "[-Cfqr] [-P pattern] off len [len..]",
+    run: |s, p| Box::pin(write(s, p, true)),
+    ..WRITE
 };
 
 pub(super) const COMMANDS: &[Command] = &[
     READ,
-    Command { name: "readv", alias: "", args: "[-Cqrv] [-P pattern] off len [len..]", ..READ },
+    READV,
     WRITE,
-    Command { name: "writev", alias: "", args: "[-Cfqr] [-P pattern] off len [len..]", ..WRITE },
+    WRITEV,
     Command {
         name: "discard",
         alias: "d",
@@ -170,12 +186,17 @@ fn failed(what: &str, e: Errno) -> bool {
     false
 }
 
-async fn read(session: &mut Session, p: Parsed) -> bool {
+/// Offset and length; the vector forms take several lengths.
+fn words_fit(p: &Parsed, vector: bool) -> bool {
+    p.operands.len() == 2 || vector && p.operands.len() > 2
+}
+
+async fn read(session: &mut Session, p: Parsed, vector: bool) -> bool {
     let Some(letters) = Letters::parse(&p) else { return false };
-    if p.operands.len() < 2
+    if !words_fit(&p, vector)
         || (letters.pattern.is_none() && (letters.start.is_some() || letters.len.is_some()))
     {
-        out(&usage(&READ));
+        out(&usage(if vector { &READV } else { &READ }));
         return false;
     }
     let (Some((offset, len)), Some(open)) = (place(&p.operands, ""), &session.open) else { return false };
@@ -235,10 +256,10 @@ pub(super) fn finish(
     report::request(&Done { verb, offset, bytes, took, machine: letters.machine });
 }
 
-async fn write(session: &mut Session, p: Parsed) -> bool {
+async fn write(session: &mut Session, p: Parsed, vector: bool) -> bool {
     let Some(letters) = Letters::parse(&p) else { return false };
-    if p.operands.len() < 2 {
-        out(&usage(&WRITE));
+    if !words_fit(&p, vector) {
+        out(&usage(if vector { &WRITEV } else { &WRITE }));
         return false;
     }
     if !letters.write_ok() {
@@ -252,6 +273,14 @@ async fn write(session: &mut Session, p: Parsed) -> bool {
     let (Some((offset, len)), Some(open)) = (place, &session.open) else { return false };
     let root = open.image.root;
     let flags = Flags { fua: letters.flags.fua || open.writethrough, ..letters.flags };
+    if letters.vmstate || letters.flags.compressed {
+        for (what, n) in [("offset", offset), ("count", len)] {
+            if !n.is_multiple_of(512) {
+                out(&format!("{n} is not a sector-aligned value for '{what}'\n"));
+                return false;
+            }
+        }
+    }
     if letters.vmstate {
         return failed("write", Errno::ENOTSUP);
     }

@@ -104,6 +104,8 @@ pub(super) struct Check<'a> {
     pub(super) report: CheckReport,
     pub(super) l1: Vec<u64>,
     pub(super) reftable: Vec<u64>,
+    /// Corruptions that are only COPIED flags which do not agree with the refcounts.
+    pub(super) copied_errors: u64,
 }
 
 /// Checks an image, and repairs it where asked; after a repair it is checked again and the rest is reported.
@@ -112,11 +114,14 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     if fix == Repair::None {
         return Ok(first.report);
     }
-    let (leaks, corruptions) = (first.report.leaks, first.report.corruptions);
+    let leaks = first.report.leaks;
+    let others = first.report.corruptions - first.copied_errors;
     let messages = repair::run(first, fix).await?;
     let mut again = Check::walk(file).await?.report;
     again.leaks_fixed = leaks.saturating_sub(again.leaks);
-    again.corruptions_fixed = corruptions.saturating_sub(again.corruptions);
+    // flags that agree once the refcounts are right were never wrong themselves
+    let flags = messages.iter().filter(|m| m.contains("OFLAG_COPIED")).count() as u64;
+    again.corruptions_fixed = (others + flags).saturating_sub(again.corruptions);
     again.messages = messages.into_iter().chain(again.messages).collect();
     Ok(again)
 }
@@ -143,6 +148,7 @@ impl<'a> Check<'a> {
             report: CheckReport { total_clusters: 0, ..Default::default() },
             l1,
             reftable,
+            copied_errors: 0,
         };
         check.report.total_clusters = g.clusters_for(check.header.size);
         check.count_all().await?;
@@ -422,6 +428,7 @@ impl<'a> Check<'a> {
                 }
             }
         }
+        self.copied_errors = wrong.len() as u64;
         wrong.into_iter().for_each(|text| self.report.corrupt(text));
         Ok(())
     }

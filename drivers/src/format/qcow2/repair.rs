@@ -22,9 +22,11 @@ use super::refcount;
 /// Repairs what the check found. Returns what was done.
 pub(super) async fn run(check: Check<'_>, fix: Repair) -> Result<Vec<String>, Error> {
     let mut said = Vec::new();
-    let refcounts_low = check.report.corruptions > 0;
-    if fix == Repair::Leaks && check.report.leaks > 0 {
-        if refcounts_low {
+    let only_flags = check.report.corruptions == check.copied_errors;
+    let too_low = || check.report.messages.iter().any(|m| m.starts_with("ERROR cluster "));
+    if fix == Repair::Leaks && (check.report.leaks > 0 || too_low()) {
+        // where tables are damaged, what looks like a leak may be in use
+        if !only_flags {
             said.push("ERROR need to rebuild refcount structures".to_owned());
             return Ok(said);
         }
@@ -35,12 +37,17 @@ pub(super) async fn run(check: Check<'_>, fix: Repair) -> Result<Vec<String>, Er
         return Ok(said);
     }
     let mut check = check;
-    if check.report.corruptions > 0 {
+    if !only_flags {
         said.push("Rebuilding refcount structure".to_owned());
         rebuild(&mut check).await?;
         set_copied(&check, &mut said).await?;
-    } else if check.report.leaks > 0 {
-        lower(&check, &mut said).await?;
+    } else {
+        if check.report.leaks > 0 {
+            lower(&check, &mut said).await?;
+        }
+        if check.copied_errors > 0 {
+            set_copied(&check, &mut said).await?;
+        }
     }
     let flags = incompatible::DIRTY | incompatible::CORRUPT;
     if check.header.incompatible & flags != 0 {
