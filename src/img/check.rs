@@ -32,9 +32,6 @@ pub(super) const COMMAND: Command = Command {
     run,
 };
 
-/// What a repair of leaks alone says when refcounts are too low: those have to be raised first.
-const REBUILD: &str = "ERROR need to rebuild refcount structures";
-
 /// The format cannot be checked.
 const UNSUPPORTED: i32 = 63;
 
@@ -96,29 +93,18 @@ async fn open(common: &Common, name: &str, access: Access) -> Result<(String, Ar
 async fn check(driver: &Arc<dyn Driver>, fix: Repair, common: &Common, name: &str) -> Outcome {
     let driver: &Qcow2 = driver.as_any().downcast_ref().ok_or("The node is not a qcow2 node")?;
     let failed = |e: Error| Fail::from(e.context("Check failed"));
-    let mut report = driver.check(Repair::None).await.map_err(failed)?;
-    if fix != Repair::None {
-        // flags are looked at again when the refcounts are right
-        report.messages.retain(|m| !m.contains("OFLAG_COPIED"));
-    }
+    let report = driver.check(fix).await.map_err(failed)?;
     say(&report.messages);
-    if fix != Repair::None {
-        report = driver.check(fix).await.map_err(failed)?;
-        if report.messages.iter().any(|m| m == REBUILD) {
-            err(&format!("{REBUILD}\n"));
-            return Err("Check failed: Input/output error".into());
-        }
-        say(&report.messages);
-        if common.output == Output::Human
-            && !common.quiet
-            && report.leaks_fixed + report.corruptions_fixed > 0
-        {
-            out(&format!(
-                "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    \
-                 {} corruptions\n\nDouble checking the fixed image now...\n",
-                report.leaks_fixed, report.corruptions_fixed
-            ));
-        }
+    if report.needs_rebuild {
+        return Err("Check failed: Input/output error".into());
+    }
+    let fixed = report.leaks_fixed + report.corruptions_fixed > 0;
+    if fixed && common.output == Output::Human && !common.quiet {
+        out(&format!(
+            "The following inconsistencies were found and repaired:\n\n    {} leaked clusters\n    \
+             {} corruptions\n\nDouble checking the fixed image now...\n",
+            report.leaks_fixed, report.corruptions_fixed
+        ));
     }
     match common.output {
         Output::Json => out(&json::pretty(&json_value(&report, name))),
@@ -182,8 +168,8 @@ fn json_value(r: &CheckReport, name: &str) -> Value {
         ("image-end-offset", r.image_end_offset),
         ("compressed-clusters", r.compressed_clusters),
         ("total-clusters", r.total_clusters),
-        ("corruptions-fixed", r.corruptions_fixed),
         ("corruptions", r.corruptions),
+        ("corruptions-fixed", r.corruptions_fixed),
         ("check-errors", r.check_errors),
         ("leaks", r.leaks),
         ("leaks-fixed", r.leaks_fixed),

@@ -1,7 +1,11 @@
-//! `map`: which layer holds what, and where.
+//! `map`: what each part of an image is made of, and where it lies.
+//!
+//! Invariants: entries follow each other without gaps and are as long as they can be; neighbours are one entry if all
+//! their flags agree, they lie in the same layer, and their data follow each other in the file. Memory does not grow with
+//! the image.
 //!
 //! ```text
-//! block status through the chain ─► entries, merged where all agrees ─► table | JSON
+//! status_above(offset..end) ─► Entry ─► merge with the one before ─► text line | JSON object
 //! ```
 
 use super::{Command, Common, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, Output, SHARE, one_image};
@@ -9,25 +13,29 @@ use crate::tool::getopt::{Parsed, opt};
 use crate::tool::image::{Access, Image};
 use crate::tool::{Fail, Outcome, Tool, on_engine, out, size_option};
 use ringblock_engine::graph::{Graph, NodeId};
+use ringblock_engine::path::Above;
 
 pub(super) const COMMAND: Command = Command {
     name: "map",
-    summary: "List which parts of an image hold data, and where",
+    summary: "Tell where the data of an image are",
     operands: "FILENAME",
     options: &[
         FORMAT,
         IMAGE_OPTS,
-        opt('s', "start-offset", "OFFSET", "begin here"),
-        opt('l', "max-length", "LENGTH", "at most so far"),
-        OUTPUT,
-        SHARE,
         OBJECT,
+        OUTPUT,
+        opt('s', "start-offset", "OFFSET", "where to begin (default: 0)"),
+        opt('l', "max-length", "LENGTH", "how much to look at (default: all)"),
+        SHARE,
     ],
     run,
 };
 
-/// A range of which everything is the same (reference, part 5 item 10).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// Text is written when there is this much of it.
+const CHUNK: usize = 1 << 16;
+
+/// A run of bytes that are all alike.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 struct Entry {
     start: u64,
     len: u64,
@@ -37,23 +45,91 @@ struct Entry {
     data: bool,
     compressed: bool,
     offset: Option<u64>,
+    /// The layer, if there is anything.
     node: Option<NodeId>,
 }
 
+fn run(tool: &Tool, parsed: Parsed) -> Outcome {
+    let mut common = Common::default();
+    let (mut start, mut most) = (0, None);
+    for (option, value) in &parsed.options {
+        match *option {
+            "start-offset" => start = size_option("start offset", value, 0, i64::MAX as u64)?,
+            "max-length" => most = Some(size_option("max length", value, 0, i64::MAX as u64)?),
+            other => {
+                common.take(other, value)?;
+            }
+        }
+    }
+    let name = one_image(&parsed)?;
+    common.check()?;
+    let access = Access { force_share: common.force_share, ..Access::default() };
+    let tool = tool.clone();
+    on_engine(1, move || {
+        Box::pin(async move {
+            let image = common.source(&name).open(&tool, access).await?;
+            let end = most.map_or(image.size, |n| image.size.min(start.saturating_add(n)));
+            let mut printer = Printer::new(common.output);
+            let result = walk(&image, start, end, &mut printer).await;
+            printer.flush();
+            let closed = image.close().await;
+            result?;
+            closed?;
+            Ok(0)
+        })
+    })
+}
+
+/// Hands all entries of a range to the printer. An empty range is one empty entry.
+async fn walk(image: &Image, start: u64, end: u64, printer: &mut Printer) -> Result<(), Fail> {
+    let mut held = Entry { start, ..Entry::default() };
+    printer.begin();
+    let mut at = start;
+    while at < end {
+        let above = image.root.status_above(None, at..end, true).await;
+        let above = above.map_err(|e| format!("Failed to read image metadata: {}", e.text()))?;
+        let entry = Entry::of(at, &above);
+        at = at.saturating_add(entry.len.max(1));
+        if held.len > 0 && !held.merge(&entry) {
+            printer.entry(&held)?;
+            held = entry;
+        } else if held.len == 0 {
+            held = entry;
+        }
+    }
+    printer.entry(&held)?;
+    printer.end();
+    Ok(())
+}
+
 impl Entry {
-    /// Whether `next` goes on where this ends, with all the same.
-    fn continues(&self, next: &Entry) -> bool {
-        let moved = Entry {
-            start: self.start + self.len,
-            len: next.len,
-            offset: self.offset.map(|o| o + self.len),
-            ..*self
-        };
-        moved == *next
+    fn of(start: u64, above: &Above) -> Entry {
+        let s = &above.status;
+        Entry {
+            start,
+            len: s.len,
+            depth: above.depth,
+            present: s.allocated,
+            zero: s.zero,
+            data: s.data,
+            compressed: s.encoded,
+            offset: s.offset.filter(|_| s.data || s.zero || s.allocated),
+            node: Some(above.node),
+        }
+    }
+
+    /// Takes in the entry that follows, if they are alike.
+    fn merge(&mut self, next: &Entry) -> bool {
+        let follows = self.offset.map(|off| off.saturating_add(self.len)) == next.offset;
+        let alike = Entry { start: next.start, len: next.len, offset: next.offset, ..*self } == *next;
+        if follows && alike {
+            self.len += next.len;
+        }
+        follows && alike
     }
 
     fn json(&self) -> String {
-        let offset = self.offset.map_or_else(String::new, |o| format!(", \"offset\": {o}"));
+        let offset = self.offset.map(|off| format!(", \"offset\": {off}")).unwrap_or_default();
         format!(
             "{{ \"start\": {}, \"length\": {}, \"depth\": {}, \"present\": {}, \"zero\": {}, \"data\": {}, \
              \"compressed\": {}{offset}}}",
@@ -62,162 +138,142 @@ impl Entry {
     }
 }
 
-fn run(tool: &Tool, parsed: Parsed) -> Outcome {
-    let mut common = Common::default();
-    let (mut start, mut len) = (0, None);
-    let most = i64::MAX as u64;
-    for (option, value) in &parsed.options {
-        if common.take(option, value)? {
-            continue;
-        }
-        match *option {
-            "start-offset" => start = size_option("start offset", value, 0, most)?,
-            _ => len = Some(size_option("max length", value, 0, most)?),
-        }
-    }
-    let name = one_image(&parsed)?;
-    common.check()?;
-    let tool = tool.clone();
-    on_engine(1, move || {
-        Box::pin(async move {
-            let access = Access { force_share: common.force_share, ..Access::default() };
-            let image = common.source(&name).open(&tool, access).await?;
-            let end = len.map_or(image.size, |len| image.size.min(start.saturating_add(len)));
-            let mut printer = Printer::new(common.output);
-            let result = map(&image, start, end, &mut printer).await;
-            image.close().await?;
-            result?;
-            Ok(0)
-        })
-    })
-}
-
-async fn map(image: &Image, start: u64, end: u64, printer: &mut Printer) -> Result<(), Fail> {
-    let none = Entry {
-        start,
-        len: 0,
-        depth: 0,
-        present: false,
-        zero: false,
-        data: false,
-        compressed: false,
-        offset: None,
-        node: None,
-    };
-    let (mut at, mut current) = (start, none);
-    while at < end {
-        let above = image.root.status_above(None, at..end, true).await;
-        let above = above.map_err(|e| Fail::from(format!("Failed to read image metadata: {e}")))?;
-        let s = above.status;
-        let next = Entry {
-            start: at,
-            len: s.len.clamp(1, end - at),
-            depth: above.depth,
-            present: s.allocated,
-            zero: s.zero,
-            data: s.data,
-            compressed: s.encoded,
-            offset: s.offset.filter(|_| s.data || s.zero || s.allocated),
-            node: s.offset.map(|_| above.node),
-        };
-        at += next.len;
-        if current.len > 0 && current.continues(&next) {
-            current.len += next.len;
-            continue;
-        }
-        if current.len > 0 {
-            printer.put(&current)?;
-        }
-        current = next;
-    }
-    printer.put(&current)?;
-    printer.end();
-    Ok(())
-}
-
-/// Prints entries as they come.
+/// Where the text goes.
 struct Printer {
     output: Output,
+    text: String,
     first: bool,
+    /// File names of layers.
+    names: Vec<(NodeId, String)>,
 }
 
 impl Printer {
     fn new(output: Output) -> Printer {
-        if output == Output::Human {
-            out(&row("Offset", "Length", "Mapped to", "File"));
-        }
-        Printer { output, first: true }
+        Printer { output, text: String::new(), first: true, names: Vec::new() }
     }
 
-    fn put(&mut self, e: &Entry) -> Result<(), Fail> {
-        if self.output == Output::Json {
-            out(&format!("{}{}", if self.first { "[" } else { ",\n" }, e.json()));
-            self.first = false;
-            return Ok(());
+    fn begin(&mut self) {
+        if self.output == Output::Human {
+            self.text += &row("Offset", "Length", "Mapped to", "File");
         }
-        if !e.data || e.zero || e.len == 0 {
-            return Ok(());
+    }
+
+    fn entry(&mut self, entry: &Entry) -> Result<(), Fail> {
+        match self.output {
+            Output::Json => {
+                self.text += if self.first { "[" } else { ",\n" };
+                self.text += &entry.json();
+            }
+            Output::Human if entry.data && !entry.zero => {
+                let (Some(off), Some(node)) = (entry.offset, entry.node) else {
+                    return Err("File contains external, encrypted or compressed clusters.".into());
+                };
+                let line = row(&hex(entry.start), &hex(entry.len), &hex(off), self.file_name(node));
+                self.text += &line;
+            }
+            Output::Human => {}
         }
-        let (Some(offset), Some(file)) = (e.offset, e.node.and_then(file_of)) else {
-            return Err("File contains external, encrypted or compressed clusters.".into());
-        };
-        out(&row(&hex(e.start), &hex(e.len), &hex(offset), &file));
+        self.first = false;
+        if self.text.len() >= CHUNK {
+            self.flush();
+        }
         Ok(())
     }
 
-    fn end(&self) {
+    fn end(&mut self) {
         if self.output == Output::Json {
-            out("]\n");
+            self.text += "]\n";
         }
     }
+
+    fn flush(&mut self) {
+        if !self.text.is_empty() {
+            out(&self.text);
+            self.text.clear();
+        }
+    }
+
+    /// Name of the file that holds the data of a layer.
+    fn file_name(&mut self, node: NodeId) -> &str {
+        let known = self.names.iter().position(|(id, _)| *id == node);
+        let at = known.unwrap_or_else(|| {
+            self.names.push((node, data_file(node)));
+            self.names.len() - 1
+        });
+        &self.names[at].1
+    }
+}
+
+/// Follows the edges on which data lie, down to the file.
+fn data_file(node: NodeId) -> String {
+    let nodes = Graph::current().info().nodes;
+    let mut at = nodes.iter().find(|n| n.id == node);
+    while let Some(here) = at {
+        let edge = here.edges.iter().find(|e| e.name == "data-file");
+        let Some(edge) = edge.or_else(|| here.edges.iter().find(|e| e.name == "file")) else {
+            return here.driver.filename();
+        };
+        at = nodes.iter().find(|n| n.id == edge.node);
+    }
+    String::new()
 }
 
 fn row(a: &str, b: &str, c: &str, d: &str) -> String {
     format!("{a:<16}{b:<16}{c:<16}{d}\n")
 }
 
-/// As printf's `%#x` has it: no prefix for zero.
 fn hex(n: u64) -> String {
     if n == 0 { "0".into() } else { format!("{n:#x}") }
-}
-
-/// The name of the file that holds a node's bytes.
-fn file_of(node: NodeId) -> Option<String> {
-    let info = Graph::current().info();
-    let mut node = info.nodes.iter().find(|n| n.id == node)?;
-    loop {
-        let edge = node.edges.iter().find(|e| e.name == "data-file");
-        let Some(edge) = edge.or_else(|| node.edges.iter().find(|e| e.name == "file")) else {
-            return Some(node.driver.filename());
-        };
-        node = info.nodes.iter().find(|n| n.id == edge.node)?;
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Goal: entries merge only if all agrees and offsets are contiguous. Method: one change at a time.
+    fn entry(start: u64, len: u64, offset: Option<u64>) -> Entry {
+        Entry { start, len, offset, data: true, present: true, ..Entry::default() }
+    }
+
+    /// Goal: neighbours become one entry only if nothing tells them apart. Method: pairs that differ in one thing.
     #[test]
     fn merging() {
-        let a = Entry {
-            start: 0,
-            len: 10,
-            depth: 0,
-            present: true,
-            zero: false,
-            data: true,
-            compressed: false,
-            offset: Some(100),
-            node: None,
-        };
-        let next = Entry { start: 10, len: 3, offset: Some(110), ..a };
-        assert!(a.continues(&next));
-        assert!(!a.continues(&Entry { offset: Some(111), ..next }));
-        assert!(!a.continues(&Entry { offset: None, ..next }));
-        assert!(!a.continues(&Entry { depth: 1, ..next }));
-        assert!(!a.continues(&Entry { zero: true, ..next }));
-        assert_eq!(hex(0), "0");
+        let a = entry(0, 100, Some(1000));
+        for (next, want) in [
+            (entry(100, 50, Some(1100)), true),
+            (entry(100, 50, Some(1101)), false),
+            (entry(100, 50, None), false),
+            (Entry { depth: 1, ..entry(100, 50, Some(1100)) }, false),
+            (Entry { zero: true, ..entry(100, 50, Some(1100)) }, false),
+            (Entry { compressed: true, ..entry(100, 50, Some(1100)) }, false),
+        ] {
+            let mut merged = a;
+            assert_eq!(merged.merge(&next), want, "{next:?}");
+            assert_eq!(merged.len, if want { 150 } else { 100 });
+        }
+        let mut holes = entry(0, 100, None);
+        assert!(holes.merge(&entry(100, 50, None)));
+    }
+
+    /// Goal: lines as the peer prints them. Method: recorded from it.
+    #[test]
+    fn lines() {
+        assert_eq!(
+            entry(0, 4096, Some(327680)).json(),
+            "{ \"start\": 0, \"length\": 4096, \"depth\": 0, \"present\": true, \"zero\": false, \"data\": true, \
+             \"compressed\": false, \"offset\": 327680}"
+        );
+        assert_eq!(
+            row(&hex(0), &hex(0x10000), &hex(0x50000), "b.qcow2"),
+            "0               0x10000         0x50000         b.qcow2\n"
+        );
+    }
+
+    /// Goal: data without a place make the text form fail, after what was before them. Method: one compressed entry.
+    #[test]
+    fn compressed_data_have_no_place() {
+        let mut printer = Printer::new(Output::Human);
+        assert!(printer.entry(&Entry { zero: true, ..entry(0, 10, None) }).is_ok());
+        let fail = printer.entry(&Entry { compressed: true, ..entry(0, 10, None) }).unwrap_err();
+        assert_eq!(fail.message, "File contains external, encrypted or compressed clusters.");
     }
 }

@@ -333,7 +333,7 @@ pub(super) fn prealloc_mode(p: Preallocation) -> Result<Prealloc, Error> {
         Preallocation::Falloc => Ok(Prealloc::Falloc),
         Preallocation::Full => Ok(Prealloc::Full),
         Preallocation::Metadata => {
-            Err(Error::new(Errno::ENOTSUP, "Unsupported preallocation mode 'metadata'"))
+            Err(Error::new(Errno::ENOTSUP, "Unsupported preallocation mode: metadata"))
         }
     }
 }

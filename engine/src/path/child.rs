@@ -1,13 +1,14 @@
 //! What a driver holds of a node below it: metadata I/O of formats, everything of filters.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::read::{on_owner, read_fast, read_node};
 use super::status::status_node;
 use super::write::{write_fast, write_node};
 use super::zero::{discard_node, flush_node, zeroes_node};
 use crate::core::Core;
-use crate::driver::{ChildIx, Flags, Kind, Limits, Preallocation, Status};
+use crate::driver::{ChildIx, Driver, Flags, Kind, Limits, Preallocation, Status};
 use crate::error::{Errno, Error};
 use crate::graph::NodeId;
 use crate::mem::Buf;
@@ -59,6 +60,13 @@ impl Child {
         let core = Core::current();
         let id = self.node(&core)?;
         Ok(core.view.borrow().node(id)?.driver.filename())
+    }
+
+    /// The child's driver, for those who know what it is.
+    pub fn driver(&self) -> Result<Arc<dyn Driver>, Errno> {
+        let core = Core::current();
+        let id = self.node(&core)?;
+        Ok(Arc::clone(&core.view.borrow().node(id)?.driver))
     }
 
     /// Fills the buffer from `off`; any alignment; zeroes past the child's end.

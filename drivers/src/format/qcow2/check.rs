@@ -20,8 +20,8 @@ use ringblock_engine::mem::Buf;
 use ringblock_engine::units::HostOffset;
 
 use super::entry::{
-    BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK, REFTABLE_RESERVED,
-    RawEntry,
+    Allocation, BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK,
+    REFTABLE_RESERVED, RawEntry,
 };
 use super::geometry::{Geometry, HostCluster};
 use super::header::Header;
@@ -65,6 +65,8 @@ pub struct CheckReport {
     pub compressed_clusters: u64,
     /// End of the last cluster in use, bytes.
     pub image_end_offset: u64,
+    /// References without any refcount were found: only a full repair, which was not asked for, would help.
+    pub needs_rebuild: bool,
     /// One line for each finding, in the words of `qemu-img`; at most [`MESSAGES_MAX`].
     pub messages: Vec<String>,
 }
@@ -104,25 +106,41 @@ pub(super) struct Check<'a> {
     pub(super) report: CheckReport,
     pub(super) l1: Vec<u64>,
     pub(super) reftable: Vec<u64>,
-    /// Corruptions that are only COPIED flags which do not agree with the refcounts.
-    pub(super) copied_errors: u64,
+    /// The refcounts as they are stored.
+    pub(super) stored: Vec<u64>,
+    /// A cluster in use has no refcount at all.
+    pub(super) missing: bool,
+    /// Snapshots could not be read: what only they use looks like leaks.
+    unknown: bool,
 }
 
 /// Checks an image, and repairs it where asked; after a repair it is checked again and the rest is reported.
 pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Error> {
-    let first = Check::walk(file).await?;
+    let mut first = Check::walk(file).await?;
     if fix == Repair::None {
+        first.compare_copied().await?;
         return Ok(first.report);
     }
-    let leaks = first.report.leaks;
-    let others = first.report.corruptions - first.copied_errors;
-    let messages = repair::run(first, fix).await?;
-    let mut again = Check::walk(file).await?.report;
+    if first.unknown {
+        first.report.check_errors += 1;
+        first.report.say("ERROR snapshots could not be read: nothing is repaired".to_owned());
+        return Ok(first.report);
+    }
+    if fix == Repair::Leaks && first.missing {
+        first.report.say("ERROR need to rebuild refcount structures".to_owned());
+        first.report.needs_rebuild = true;
+        return Ok(first.report);
+    }
+    let (leaks, corruptions) = (first.report.leaks, first.report.corruptions);
+    let mut messages = std::mem::take(&mut first.report.messages);
+    let flags = repair::run(first, fix, &mut messages).await?;
+    let mut second = Check::walk(file).await?;
+    second.compare_copied().await?;
+    let mut again = second.report;
     again.leaks_fixed = leaks.saturating_sub(again.leaks);
-    // flags that agree once the refcounts are right were never wrong themselves
-    let flags = messages.iter().filter(|m| m.contains("OFLAG_COPIED")).count() as u64;
-    again.corruptions_fixed = (others + flags).saturating_sub(again.corruptions);
-    again.messages = messages.into_iter().chain(again.messages).collect();
+    again.corruptions_fixed = (corruptions + flags).saturating_sub(again.corruptions);
+    messages.append(&mut again.messages);
+    again.messages = messages;
     Ok(again)
 }
 
@@ -148,7 +166,9 @@ impl<'a> Check<'a> {
             report: CheckReport { total_clusters: 0, ..Default::default() },
             l1,
             reftable,
-            copied_errors: 0,
+            stored: Vec::new(),
+            missing: false,
+            unknown: false,
         };
         check.report.total_clusters = g.clusters_for(check.header.size);
         check.count_all().await?;
@@ -166,12 +186,14 @@ impl<'a> Check<'a> {
             Ok(list) => list,
             Err(e) => {
                 self.report.corrupt(format!("snapshot table: {e}"));
+                self.unknown = true;
                 Vec::new()
             }
         };
         for s in &snapshots {
             if let Err(e) = s.check_l1(&self.g) {
                 self.report.corrupt(format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));
+                self.unknown = true;
                 continue;
             }
             let table =
@@ -197,8 +219,9 @@ impl<'a> Check<'a> {
         }
         let end = at.saturating_add(len);
         if end.saturating_sub(self.file_size) >= self.g.cluster_size() {
-            self.report.corrupt(format!(
-                "counting reference for region exceeding the end of the file by one cluster or more: offset {at:#x} size {len:#x}"
+            self.report.corruptions += 1;
+            self.report.say(format!(
+                "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset {at:#x} size {len:#x}"
             ));
             return;
         }
@@ -252,7 +275,14 @@ impl<'a> Check<'a> {
             }
             match self.format.decode(raw) {
                 Ok(e) => self.count_entry(e, active, &mut next),
-                Err(bad) => self.bad_entry(raw, bad),
+                Err(bad) => {
+                    self.bad_entry(raw, bad);
+                    if let BadEntry::Unaligned(host) = bad {
+                        // whatever it covers is not to be given away
+                        let kept = Allocation { host, copied: false };
+                        self.count_entry(L2Entry::Data(kept), active, &mut next);
+                    }
+                }
             }
         }
     }
@@ -267,7 +297,7 @@ impl<'a> Check<'a> {
                 format!("compressed cluster with data file, entry={:#x}", raw.word)
             }
             BadEntry::Unaligned(at) => {
-                format!("offset={:x}: Cluster is not properly aligned; L2 entry corrupted.", at.0)
+                format!("offset={:x}: Data cluster is not properly aligned; L2 entry corrupted.", at.0)
             }
             BadEntry::SubclusterBitmap => {
                 format!("offset={at:x}: Allocated cluster has corrupted subcluster allocation bitmap")
@@ -344,7 +374,10 @@ impl<'a> Check<'a> {
             if entry == 0 {
                 continue;
             }
-            if entry & REFTABLE_RESERVED != 0 || !at.is_multiple_of(self.g.cluster_size()) {
+            if entry & REFTABLE_RESERVED != 0 {
+                self.report.corrupt(format!("refcount table entry {i} has reserved bits set"));
+                self.reftable[i] = 0;
+            } else if !at.is_multiple_of(self.g.cluster_size()) {
                 self.report.corrupt(format!(
                     "refcount block {i} is not cluster aligned; refcount table entry corrupted"
                 ));
@@ -393,15 +426,17 @@ impl<'a> Check<'a> {
                 self.report.leaks += 1;
                 self.report.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
             } else if have < want {
+                self.missing |= have == 0;
                 self.report.corrupt(format!("cluster {c} refcount={have} reference={want}"));
             }
         }
-        self.compare_copied(&stored).await
+        self.stored = stored;
+        Ok(())
     }
 
     /// The COPIED flags of the active tables must say which refcounts are 1.
-    async fn compare_copied(&mut self, stored: &[u64]) -> Result<(), Error> {
-        let refcount = |at: u64| stored.get((at >> self.g.cluster_bits) as usize).copied().unwrap_or(0);
+    async fn compare_copied(&mut self) -> Result<(), Error> {
+        let refcount = |at: u64| self.stored.get((at >> self.g.cluster_bits) as usize).copied().unwrap_or(0);
         let mut wrong = Vec::new();
         for (i, &entry) in self.l1.iter().enumerate() {
             let l2 = entry & OFFSET_MASK;
@@ -428,7 +463,6 @@ impl<'a> Check<'a> {
                 }
             }
         }
-        self.copied_errors = wrong.len() as u64;
         wrong.into_iter().for_each(|text| self.report.corrupt(text));
         Ok(())
     }

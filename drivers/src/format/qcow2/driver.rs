@@ -1,8 +1,9 @@
 //! The qcow2 driver as the engine sees it: a map for all cores, and an owner on one of them.
 
 use std::any::Any;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
+use crate::protocol::file::FileDriver;
 use ringblock_engine::driver::{Driver, Kind, Limits, LocalFuture};
 use ringblock_engine::graph::OpenCx;
 use ringblock_engine::mem::Buf;
@@ -25,6 +26,8 @@ pub struct Qcow2 {
     file: Child,
     data: Option<Child>,
     name: String,
+    /// Whether much of the file is holes.
+    sparse: OnceLock<bool>,
 }
 
 impl Qcow2 {
@@ -42,6 +45,7 @@ impl Qcow2 {
             file,
             data,
             name: cx.name.clone(),
+            sparse: OnceLock::new(),
         }
     }
 
@@ -59,6 +63,15 @@ impl Qcow2 {
     /// closed and opened again.
     pub async fn check(&self, repair: Repair) -> Result<CheckReport, Error> {
         check::run(&self.file, repair).await
+    }
+
+    /// Whether so much of the file is holes that clusters must have been allocated without being written.
+    fn looks_preallocated(&self) -> Option<bool> {
+        let file = self.file.driver().ok()?;
+        let file: &FileDriver = file.as_any().downcast_ref()?;
+        let (len, used) = (file.size(), file.allocated_size()?);
+        let holes = len.saturating_sub(used);
+        Some(holes > len / 10 && holes > 8 * self.shared.geometry().cluster_size())
     }
 
     /// The external data file.
@@ -87,6 +100,10 @@ impl Driver for Qcow2 {
 
     fn kind(&self) -> Kind<'_> {
         Kind::Map(&*self.shared)
+    }
+
+    fn status_recurses(&self) -> bool {
+        self.data.is_none() && *self.sparse.get_or_init(|| self.looks_preallocated().unwrap_or(false))
     }
 
     fn read_encoded(&self, cookie: u64, guest: u64, buf: Buf) -> LocalFuture<'_, (Result<(), Errno>, Buf)> {

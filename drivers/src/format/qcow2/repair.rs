@@ -4,8 +4,8 @@
 //! referenced; they are durable before the header names them; a repair that is interrupted can be repeated.
 //!
 //! ```text
-//! only leaks:  lower the counters in place
-//! otherwise:   new blocks + new table behind the end ─► flush ─► header ─► flush ─► COPIED flags ─► dirty, corrupt off
+//! all clusters have a counter:  lower (and raise) them in place ─► flush ┐
+//! otherwise:  new blocks + table behind the end ─► flush ─► header ─► flush ┴─► COPIED flags ─► dirty, corrupt off
 //! ```
 
 use ringblock_engine::mem::Buf;
@@ -19,43 +19,23 @@ use super::header::incompatible;
 use super::io::Store;
 use super::refcount;
 
-/// Repairs what the check found. Returns what was done.
-pub(super) async fn run(check: Check<'_>, fix: Repair) -> Result<Vec<String>, Error> {
-    let mut said = Vec::new();
-    let only_flags = check.report.corruptions == check.copied_errors;
-    let too_low = || check.report.messages.iter().any(|m| m.starts_with("ERROR cluster "));
-    if fix == Repair::Leaks && (check.report.leaks > 0 || too_low()) {
-        // where tables are damaged, what looks like a leak may be in use
-        if !only_flags {
-            said.push("ERROR need to rebuild refcount structures".to_owned());
-            return Ok(said);
-        }
-        lower(&check, &mut said).await?;
-        return Ok(said);
-    }
-    if fix != Repair::All {
-        return Ok(said);
-    }
-    let mut check = check;
-    if !only_flags {
+/// Repairs what the check found, tells what was done, and returns the number of COPIED flags put right.
+pub(super) async fn run(mut check: Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
+    let report = &check.report;
+    if fix == Repair::All && check.missing {
         said.push("Rebuilding refcount structure".to_owned());
         rebuild(&mut check).await?;
-        set_copied(&check, &mut said).await?;
-    } else {
-        if check.report.leaks > 0 {
-            lower(&check, &mut said).await?;
-        }
-        if check.copied_errors > 0 {
-            set_copied(&check, &mut said).await?;
-        }
+    } else if report.leaks > 0 || report.corruptions > 0 {
+        adjust(&check, fix, said).await?;
     }
-    let flags = incompatible::DIRTY | incompatible::CORRUPT;
-    if check.header.incompatible & flags != 0 {
-        check.header.incompatible &= !flags;
+    let flags = set_copied(&check, fix, said).await?;
+    let bits = incompatible::DIRTY | incompatible::CORRUPT;
+    if fix == Repair::All && check.header.incompatible & bits != 0 {
+        check.header.incompatible &= !bits;
         flush(check.file).await?;
         write_header(&check).await?;
     }
-    Ok(said)
+    Ok(flags)
 }
 
 async fn flush(file: &dyn Store) -> Result<(), Error> {
@@ -74,8 +54,8 @@ async fn write_header(check: &Check<'_>) -> Result<(), Error> {
     flush(check.file).await
 }
 
-/// Lowers counters that are too high.
-async fn lower(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
+/// Lowers counters that are too high; with [`Repair::All`] raises those that are too low.
+async fn adjust(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<(), Error> {
     let per = check.g.refblock_entries() as usize;
     for i in 0..check.refs.0.len().div_ceil(per) {
         let Some(mut block) = check.refblock(i).await? else { continue };
@@ -84,7 +64,7 @@ async fn lower(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
             let at = check.g.in_block(HostCluster(c as u64));
             let (want, have) =
                 (u64::from(check.refs.0[c]), refcount::get(&block, check.g.refcount_order, at));
-            if have.is_some_and(|n| n > want) {
+            if have.is_some_and(|n| n > want || (n < want && fix == Repair::All)) {
                 changed |= refcount::set(&mut block, check.g.refcount_order, at, want);
                 if said.len() < MESSAGES_MAX {
                     said.push(format!(
@@ -168,18 +148,37 @@ fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32) {
 }
 
 /// Makes the COPIED flags of the active tables agree with the references.
-async fn set_copied(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
+async fn set_copied(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
     let g = check.g;
     let step = if g.extended { 2 } else { 1 };
-    let single = |at: u64| check.refs.0.get((at >> g.cluster_bits) as usize) == Some(&1);
-    let flagged = |word: u64, at: u64| if single(at) { word | COPIED } else { word & !COPIED };
+    // a counter that stays too low must not be trusted to be 1
+    let refcount = |at: u64| {
+        let c = (at >> g.cluster_bits) as usize;
+        let want = check.refs.0.get(c).map_or(0, |&n| u64::from(n));
+        let low = fix == Repair::Leaks && (want == 0 || check.stored.get(c).is_some_and(|&n| n < want));
+        (want, low)
+    };
+    let flagged = |word: u64, at: u64| match refcount(at) {
+        (_, true) => word,
+        (1, _) => word | COPIED,
+        _ => word & !COPIED,
+    };
+    let mut fixed = 0;
     let mut l1 = check.l1.clone();
-    for entry in &mut l1 {
+    for (i, entry) in l1.iter_mut().enumerate() {
         let l2 = *entry & OFFSET_MASK;
         if l2 == 0 || !l2.is_multiple_of(g.cluster_size()) || l2 >= check.file_size {
             continue;
         }
-        *entry = flagged(*entry, l2);
+        let new = flagged(*entry, l2);
+        if new != *entry {
+            fixed += 1;
+            tell(said, || {
+                let n = refcount(l2).0;
+                format!("Repairing OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}")
+            });
+            *entry = new;
+        }
         if check.format.external_data {
             continue;
         }
@@ -189,9 +188,11 @@ async fn set_copied(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Err
             let Some(at) = copied_matters(*word) else { continue };
             let new = flagged(*word, at);
             if new != *word {
-                if said.len() < MESSAGES_MAX {
-                    said.push(format!("Repairing OFLAG_COPIED data cluster: l2_entry={word:x}"));
-                }
+                fixed += 1;
+                tell(said, || {
+                    let n = refcount(at).0;
+                    format!("Repairing OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}")
+                });
                 *word = new;
                 changed = true;
             }
@@ -204,7 +205,17 @@ async fn set_copied(check: &Check<'_>, said: &mut Vec<String>) -> Result<(), Err
         let bytes = (l1.len() as u64 * 8).next_multiple_of(512.min(g.cluster_size()));
         write(check.file, check.header.l1_offset.0, encode(&l1, bytes)).await?;
     }
-    flush(check.file).await
+    if fixed > 0 {
+        flush(check.file).await?;
+    }
+    Ok(fixed)
+}
+
+/// Adds a message, if there is room.
+fn tell(said: &mut Vec<String>, text: impl FnOnce() -> String) {
+    if said.len() < MESSAGES_MAX {
+        said.push(text());
+    }
 }
 
 fn encode(words: &[u64], bytes: u64) -> Buf {

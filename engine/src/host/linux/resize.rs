@@ -45,7 +45,7 @@ pub fn set_size(fd: BorrowedFd<'_>, kind: FileKind, new: u64, exact: bool, p: Pr
         return Ok(());
     }
     let done = match p {
-        Prealloc::Off => truncate(fd, new).map_err(|e| Error::io(e, "Failed to resize file")),
+        Prealloc::Off => truncate(fd, new).map_err(|e| Error::io(e, "Could not resize file")),
         Prealloc::Falloc => allocate(fd, old, new - old)
             .map_err(|e| Error::io(e, "Could not preallocate data for the new file")),
         Prealloc::Full => {
