@@ -111,8 +111,7 @@ async fn check() -> CheckReport {
 }
 
 /// Guests on every core, then a clean end. With `failing`, errors are part of it.
-async fn work(case: Case, oracle: Arc<Mutex<Oracle>>, requests: u32, failing: bool, seed: u64) {
-    let root = attach(case.node(false), true).await.expect("the image opens");
+async fn work(root: Root, case: Case, oracle: Arc<Mutex<Oracle>>, requests: u32, failing: bool, seed: u64) {
     let core = Core::current();
     let guests = core.count() * 2;
     let mut joins = Vec::new();
@@ -147,10 +146,14 @@ async fn check_closed(root: Root) -> CheckReport {
     check().await
 }
 
-fn world(case: &Case, seed: u64, faults: Faults) -> (World, Arc<Mutex<Oracle>>) {
-    let (mut setup, oracle) = case.files(Setup::new(seed, 3));
-    setup.faults = faults;
-    (World::new(setup), Arc::new(Mutex::new(oracle)))
+/// A world with the image open. The faults begin after that.
+fn world(case: &Case, seed: u64, faults: Faults) -> (World, Root, Arc<Mutex<Oracle>>) {
+    let (setup, oracle) = case.files(Setup::new(seed, 3));
+    let mut world = World::new(setup);
+    let node = case.node(false);
+    let root = world.run(move || Box::pin(async move { attach(node, true).await.expect("the image opens") }));
+    world.set_faults(faults);
+    (world, root, Arc::new(Mutex::new(oracle)))
 }
 
 /// Opens one state in a world of its own: it is clean but for leaks, and holds what the oracle allows; opening it for
@@ -221,9 +224,9 @@ fn cases() -> Vec<Case> {
 fn same_seed_same_run() {
     for case in cases() {
         let run = || {
-            let (mut world, oracle) = world(&case, 3, Faults::benign());
+            let (mut world, root, oracle) = world(&case, 3, Faults::benign());
             let c = case.clone();
-            world.run(move || Box::pin(work(c, oracle, 60, false, 3)));
+            world.run(move || Box::pin(work(root, c, oracle, 60, false, 3)));
             (world.trace(), world.live(Path::new("/img")).expect("the image").to_bytes())
         };
         let (one, two) = (run(), run());
@@ -238,9 +241,9 @@ fn same_seed_same_run() {
 fn guests_on_several_cores() {
     for case in cases() {
         for seed in seeds(4) {
-            let (mut world, oracle) = world(&case, seed, Faults::benign());
+            let (mut world, root, oracle) = world(&case, seed, Faults::benign());
             let (c, o) = (case.clone(), oracle.clone());
-            world.run(move || Box::pin(work(c, o, 150, false, seed)));
+            world.run(move || Box::pin(work(root, c, o, 150, false, seed)));
             let flush = lock(&oracle).flush();
             lock(&oracle).flushed(flush);
             // closing wrote and flushed everything
@@ -252,13 +255,13 @@ fn guests_on_several_cores() {
 
 /// Runs guests and samples power cuts on the way. Returns the number of states.
 fn power_cuts(case: &Case, seed: u64, faults: Faults, failing: bool) -> u64 {
-    let (mut world, oracle) = world(case, seed, faults);
+    let (mut world, root, oracle) = world(case, seed, faults);
     let (c, o) = (case.clone(), oracle.clone());
     let done = std::rc::Rc::new(std::cell::Cell::new(false));
     let ended = done.clone();
     world.spawn(0, move || {
         Box::pin(async move {
-            work(c, o, 60, failing, seed).await;
+            work(root, c, o, 60, failing, seed).await;
             ended.set(true);
         })
     });
@@ -315,9 +318,7 @@ fn power_cuts_and_faults() {
 #[test]
 fn a_full_disk_is_survived() {
     let case = Case::new("64k", 65536, 1 << 20);
-    let (mut world, _) = world(&case, 9, Faults { capacity: Some(500 << 10), ..Faults::default() });
-    let node = case.node(false);
-    let root = world.run(move || Box::pin(async move { attach(node, true).await.expect("opens") }));
+    let (mut world, root, _) = world(&case, 9, Faults { capacity: Some(500 << 10), ..Faults::default() });
     let failed = world.run(move || {
         Box::pin(async move {
             let mut failed = 0;
