@@ -58,6 +58,8 @@ impl Case {
             image.write(at.0, &data);
         }
         let mut oracle = Oracle::new(self.sectors());
+        // a third of the disk for everybody
+        oracle.set_wild(self.sectors() * 2 / 3..self.sectors());
         let mut setup = setup.file("/img", image);
         setup.align = self.align;
         if self.base > 0 {
@@ -116,7 +118,7 @@ async fn work(root: Root, case: Case, oracle: Arc<Mutex<Oracle>>, requests: u32,
     let guests = core.count() * 2;
     let mut joins = Vec::new();
     for i in 0..guests {
-        let (oracle, stripe) = (oracle.clone(), case.sectors() / guests);
+        let (oracle, stripe) = (oracle.clone(), case.sectors() * 2 / 3 / guests);
         let call = move || -> LocalFuture<'static, ()> {
             Box::pin(async move {
                 let mut guest = Guest::new(i * stripe..(i + 1) * stripe, requests);

@@ -1,7 +1,8 @@
 //! A guest: random requests to a part of a root, with everything it reads checked against an [`Oracle`].
 //!
 //! Several guests share one oracle; each writes to sectors of its own, which need not be aligned to anything, so that
-//! guests on different cores meet in clusters, tables and blocks.
+//! guests on different cores meet in clusters, tables and blocks. Besides, all of them change the oracle's wild sectors and
+//! read everywhere; there, only values that were never written to the sector are wrong.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -63,10 +64,14 @@ impl Guest {
     pub async fn run(&self, root: Root, oracle: &Arc<Mutex<Oracle>>, mut rng: Rng) {
         let all = self.reads + self.writes + self.zeroes + self.discards + self.flushes;
         for _ in 0..self.requests {
-            let len = (self.sectors.end - self.sectors.start) as u64;
-            let first = self.sectors.start + rng.below(len) as usize;
-            let n = 1 + rng.below(self.longest.min((self.sectors.end - first) as u64));
-            let range = first..first + n as usize;
+            let wild = lock(oracle).wild();
+            let everything = 0..lock(oracle).len();
+            if rng.chance(100) {
+                let range = self.part(&everything, &mut rng);
+                self.peek(root, oracle, range).await;
+            }
+            let of = if rng.chance(250) && !wild.is_empty() { &wild } else { &self.sectors };
+            let range = self.part(of, &mut rng);
             let mut choice = rng.below(all);
             let mut is = |weight: u64| {
                 let hit = choice < weight;
@@ -86,6 +91,21 @@ impl Guest {
             }
         }
         self.read(root, oracle, self.sectors.clone()).await;
+    }
+
+    fn part(&self, of: &Range<usize>, rng: &mut Rng) -> Range<usize> {
+        let first = of.start + rng.below((of.end - of.start) as u64) as usize;
+        let n = 1 + rng.below(self.longest.min((of.end - first) as u64));
+        first..first + n as usize
+    }
+
+    async fn peek(&self, root: Root, oracle: &Arc<Mutex<Oracle>>, range: Range<usize>) {
+        let (result, buf) =
+            root.read(range.start as u64 * SECTOR, Buf::new(range.len() * SECTOR as usize)).await;
+        if self.judge("read", result) {
+            let checked = lock(oracle).check_any(range.start, &buf);
+            checked.unwrap_or_else(|e| panic!("read beside writers: {e}"));
+        }
     }
 
     async fn read(&self, root: Root, oracle: &Arc<Mutex<Oracle>>, range: Range<usize>) {
