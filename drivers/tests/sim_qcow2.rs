@@ -114,16 +114,24 @@ async fn check() -> CheckReport {
 
 /// Guests on every core, then a clean end. With `failing`, errors are part of it.
 async fn work(root: Root, case: Case, oracle: Arc<Mutex<Oracle>>, requests: u32, failing: bool, seed: u64) {
+    let mut guest = Guest::new(0..0, requests);
+    guest.faults = failing;
+    work_as(root, case, oracle, guest, seed).await;
+}
+
+/// The same with guests of this kind.
+async fn work_as(root: Root, case: Case, oracle: Arc<Mutex<Oracle>>, guest: Guest, seed: u64) {
+    let failing = guest.faults;
     let core = Core::current();
     let guests = core.count() * 2;
     let mut joins = Vec::new();
     for i in 0..guests {
         let (oracle, stripe) = (oracle.clone(), case.sectors() * 2 / 3 / guests);
+        let mut guest = guest.clone();
         let call = move || -> LocalFuture<'static, ()> {
             Box::pin(async move {
-                let mut guest = Guest::new(i * stripe..(i + 1) * stripe, requests);
+                guest.sectors = i * stripe..(i + 1) * stripe;
                 guest.longest = 1 + stripe as u64 / 2;
-                guest.faults = failing;
                 guest.run(root, &oracle, Rng::new(seed ^ (i as u64 + 1) << 32)).await;
             })
         };
@@ -251,6 +259,22 @@ fn guests_on_several_cores() {
             // closing wrote and flushed everything
             let files = world.disks().crash(&mut Rng::new(seed));
             look(&case, files, &lock(&oracle), &format!("{} seed {seed}, closed", case.name));
+        }
+    }
+}
+
+/// Goal: whoever still reads or writes a freed cluster keeps it from being reused (I3, I4). Method: a fifth of all operations
+/// take longer than several flushes; guests discard, zero and flush all the time, all over each other.
+#[test]
+fn slow_operations_meet_reuse() {
+    for case in cases() {
+        for seed in seeds(3) {
+            let faults = Faults { stalled: 200, stall_ns: 30_000_000, ..Faults::default() };
+            let (mut world, root, oracle) = world(&case, seed, faults);
+            let mut guest = Guest::new(0..0, 200);
+            (guest.flushes, guest.discards, guest.zeroes) = (30, 40, 30);
+            let c = case.clone();
+            world.run(move || Box::pin(work_as(root, c, oracle, guest, seed)));
         }
     }
 }
