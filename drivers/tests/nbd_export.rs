@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use ringblock_drivers::export::nbd::wire::{self, NbdError, cmd, cmd_flag};
 use ringblock_drivers::export::nbd::{NbdExportOptions, NbdServer, ServerConfig};
-use ringblock_drivers::export::{Exports, RemoveMode, listen};
+use ringblock_drivers::export::{Exports, IoThread, RemoveMode, listen};
 use ringblock_drivers::open;
 use ringblock_drivers::options::{from_arg, from_json};
 use ringblock_engine::graph::Graph;
@@ -64,14 +64,17 @@ impl Rig {
     }
 
     fn add(&self, id: &str, node: &str, name: &str, writable: bool) -> Result<(), Error> {
-        let (server, exports) = (self.server.clone(), self.exports.clone());
-        let options = NbdExportOptions {
+        self.add_with(NbdExportOptions {
             id: id.into(),
             node_name: node.into(),
             name: Some(name.into()),
             writable,
             ..NbdExportOptions::default()
-        };
+        })
+    }
+
+    fn add_with(&self, options: NbdExportOptions) -> Result<(), Error> {
+        let (server, exports) = (self.server.clone(), self.exports.clone());
         self.engine.run(0, move || Box::pin(async move { server.add(&exports, options).await }))
     }
 
@@ -381,4 +384,46 @@ fn removal_under_load() {
     rig.eventually("the event", || *rig.gone.lock().unwrap() == ["e"]);
     assert!(rig.exports.query().is_empty());
     assert_eq!(rig.server.connections(), 0);
+}
+
+/// Goal: clients of an export with an iothread go on where they were when they change cores. Method: the server
+/// negotiates on core 0 alone, the export is tied to core 1; requests are sent in one piece with the option that
+/// enters, so that they are received before the move. The export is then removed, and its iothread is free.
+#[test]
+fn clients_move_to_their_iothread() {
+    let config = ServerConfig { cores: vec![0], ..ServerConfig::default() };
+    let rig = Rig::new(config, json!({"driver": "file", "node-name": "n"}));
+    let iothread = Arc::new(IoThread { id: "io1".into(), core: 1 });
+    let tied = |id: &str, iothread| NbdExportOptions {
+        id: id.into(),
+        node_name: "n".into(),
+        name: Some(id.into()),
+        writable: true,
+        iothread: Some(iothread),
+        ..NbdExportOptions::default()
+    };
+    rig.add_with(tied("t", iothread.clone())).unwrap();
+    let far = Arc::new(IoThread { id: "far".into(), core: 2 });
+    assert_eq!(rig.add_with(tied("far", far)).unwrap_err().message, "Core 2 does not exist");
+    for round in 0..20u8 {
+        let mut s = rig.connect();
+        s.read_exact(&mut [0; 18]).unwrap();
+        let mut ask = vec![0, 0, 0, 3];
+        ask.extend(b"IHAVEOPT\0\0\0\x01\0\0\0\x01t");
+        ask.extend(request(cmd::WRITE, 0, 1, 4096, 5000));
+        ask.extend([round; 5000]);
+        s.write_all(&ask).unwrap();
+        s.read_exact(&mut [0; 10]).unwrap();
+        assert_eq!(reply(&mut s), (0, 1));
+        s.write_all(&request(cmd::READ, 0, 2, 4096, 5000)).unwrap();
+        assert_eq!(reply(&mut s), (0, 2));
+        let mut data = [0; 5000];
+        s.read_exact(&mut data).unwrap();
+        assert_eq!(data, [round; 5000]);
+    }
+    assert!(Arc::strong_count(&iothread) > 1);
+    let gone = || rig.gone.lock().unwrap().contains(&"t".to_owned());
+    rig.exports.remove("t", RemoveMode::Hard).unwrap();
+    rig.eventually("the removal", gone);
+    assert_eq!(Arc::strong_count(&iothread), 1);
 }

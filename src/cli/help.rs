@@ -3,12 +3,14 @@
 use super::{ChardevOptions, MonitorOptions, type_help};
 use ringblock_drivers::options::blockdev::BlockdevOptions;
 use ringblock_drivers::options::export::{BlockExportOptions, NbdServerOptions};
+use ringblock_drivers::options::object::ObjectOptions;
 
 const STEPS: &str = "\
   --blockdev [driver=]DRIVER[,node-name=NAME][,...]   open a block node
   --nbd-server addr.type=unix,addr.path=PATH[,...]    start the NBD server
   --nbd-server addr.type=inet,addr.host=HOST,addr.port=PORT[,...]
   --export [type=]nbd,id=ID,node-name=NAME[,...]      export a node
+  --object [qom-type=]iothread,id=ID                  name a core, for iothread=ID of exports
   --chardev socket,id=ID,path=PATH,server=on,wait=off make a socket for a monitor
   --chardev stdio,id=ID                               standard input and output for a monitor
   --monitor [chardev=]ID[,pretty=on]                  serve QMP on a character device
@@ -68,6 +70,7 @@ pub(super) fn of_option(name: &str, value: &str) -> Option<String> {
         "blockdev" => type_help::<BlockdevOptions>(),
         "export" => type_help::<BlockExportOptions>(),
         "nbd-server" => type_help::<NbdServerOptions>(),
+        "object" => type_help::<ObjectOptions>(),
         "monitor" => type_help::<MonitorOptions>(),
         _ => type_help::<ChardevOptions>(),
     };

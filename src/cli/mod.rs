@@ -12,6 +12,7 @@ mod help;
 use lexopt::{Arg, Parser, ValueExt};
 use ringblock_drivers::options::blockdev::BlockdevOptions;
 use ringblock_drivers::options::export::{BlockExportOptions, NbdServerOptions};
+use ringblock_drivers::options::object::ObjectOptions;
 use ringblock_drivers::options::{Qapi, Size, from_arg, from_tree, keyval, size};
 use ringblock_engine::error::Error;
 use std::ffi::OsString;
@@ -99,6 +100,8 @@ pub enum Action {
     Monitor(MonitorOptions),
     /// `--nbd-server`
     NbdServer(NbdServerOptions),
+    /// `--object`
+    Object(ObjectOptions),
 }
 
 /// An action and the option that asked for it, for error texts.
@@ -244,7 +247,7 @@ fn check(serve: &Serve) -> Result<(), Error> {
     if !serve.steps.is_empty() && serve.simple != plain {
         return Err(Error::invalid(
             "An image, --data, --size, --format and --read-only cannot be used together with --blockdev, --export, \
-             --nbd-server, --chardev or --monitor",
+             --nbd-server, --object, --chardev or --monitor",
         ));
     }
     if serve.simple.image.is_some() && serve.simple.size.is_some() {
@@ -254,7 +257,7 @@ fn check(serve: &Serve) -> Result<(), Error> {
 }
 
 fn is_step(name: &str) -> bool {
-    matches!(name, "blockdev" | "chardev" | "export" | "monitor" | "nbd-server")
+    matches!(name, "blockdev" | "chardev" | "export" | "monitor" | "nbd-server" | "object")
 }
 
 /// Reads one step; the inner error is a help text that was asked for.
@@ -267,6 +270,7 @@ fn step(name: &str, value: &str) -> Result<Result<Step, String>, Error> {
         "blockdev" => from_arg(value, Some("driver")).map(|o| Action::Blockdev(Box::new(o))),
         "export" => from_arg(value, Some("type")).map(|o| Action::Export(Box::new(o))),
         "nbd-server" => from_arg(value, None).map(Action::NbdServer),
+        "object" => from_arg(value, Some("qom-type")).map(Action::Object),
         "monitor" => from_arg(value, Some("chardev")).map(Action::Monitor),
         _ => chardev(value).map(Action::Chardev),
     };
@@ -336,6 +340,8 @@ mod tests {
                 "--chardev",
                 "socket,id=m,path=q.sock,server,nowait",
                 "--monitor=m,pretty=on",
+                "--object",
+                "iothread,id=io0",
                 "--blockdev",
                 "null-co,node-name=n,size=1M",
                 "--nbd-server=addr.type=unix,addr.path=n.sock",
@@ -348,7 +354,7 @@ mod tests {
         )
         .unwrap();
         let kinds: Vec<_> = s.steps.iter().map(|s| s.written.split(' ').next().unwrap()).collect();
-        assert_eq!(kinds, ["--chardev", "--monitor", "--blockdev", "--nbd-server", "--export"]);
+        assert_eq!(kinds, ["--chardev", "--monitor", "--object", "--blockdev", "--nbd-server", "--export"]);
         assert!(s.daemonize && s.pidfile == Some("p".into()));
         let Action::Chardev(c) = &s.steps[0].action else { panic!() };
         assert!(
@@ -371,6 +377,10 @@ mod tests {
             (
                 &["--blockdev", "driver=nope"],
                 "--blockdev driver=nope: Parameter 'driver' does not accept value 'nope'",
+            ),
+            (
+                &["--object", "nope,id=a"],
+                "--object nope,id=a: Parameter 'qom-type' does not accept value 'nope'",
             ),
             (&["--chardev", "nope,id=a"], "--chardev nope,id=a: 'nope' is not a valid char driver name"),
             (&["--chardev", "stdio"], "--chardev stdio: chardev: no id specified"),

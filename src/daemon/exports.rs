@@ -157,47 +157,41 @@ impl Daemon {
     pub fn block_export_add(&self, options: BlockExportOptions) -> Result<(), Error> {
         let BlockExportType::Nbd(own) = options.kind;
         let base = options.base;
-        self.add_nbd(NbdExportOptions {
-            id: base.id,
-            node_name: base.node_name,
-            name: own.name,
-            description: own.description,
-            writable: base.writable.unwrap_or(false),
-            writethrough: base.writethrough.unwrap_or(false),
-            allocation_depth: own.allocation_depth.unwrap_or(false),
-        })
+        // An export is tied to its iothread for good, so `fixed-iothread` asks for nothing more.
+        self.add_nbd(NbdExportOptions::from_typed(&base, &own, None), base.iothread.as_deref())
     }
 
-    fn add_nbd(&self, options: NbdExportOptions) -> Result<(), Error> {
+    fn add_nbd(&self, mut options: NbdExportOptions, iothread: Option<&str>) -> Result<(), Error> {
         let storage = self.storage()?;
         let nbd = lock(&self.nbd);
-        let Some(server) = nbd.clone() else {
-            // Mistakes in the id and in the node's name are told first.
-            drop(self.exports.reserve(&options.id)?);
-            let node = options.node_name;
-            if !storage.info().nodes.iter().any(|n| n.name == node) {
-                let text = format!("Cannot find device='' nor node-name='{node}'");
-                return Err(Error::new(Errno::ENODEV, text));
+        let iothread = iothread.map(|id| self.iothread(id)).transpose();
+        let (iothread, server) = match (iothread, nbd.clone()) {
+            (Ok(iothread), Some(server)) => (iothread, server),
+            (iothread, _) => {
+                // Mistakes in the id and in the node's name are told first.
+                drop(self.exports.reserve(&options.id)?);
+                self.known("", &options.node_name)?;
+                iothread?;
+                return Err(Error::invalid("NBD server not running"));
             }
-            return Err(Error::invalid("NBD server not running"));
         };
+        options.iothread = iothread;
         let exports = self.exports.clone();
         storage.engine().run(0, move || Box::pin(async move { server.add(&exports, options).await }))
     }
 
     fn nbd_server_add(&self, args: NbdServerAddArgs) -> Result<(), Error> {
-        let graph = self.storage()?.info();
-        let node = graph.nodes.iter().find(|n| n.name == args.device);
-        let read_only = node.is_some_and(|n| n.flags.read_only);
+        let read_only = self.known(&args.device, &args.device)?.flags.read_only;
         let name = args.name.unwrap_or_else(|| args.device.clone());
-        self.add_nbd(NbdExportOptions {
+        let options = NbdExportOptions {
             id: name.clone(),
             node_name: args.device,
             name: Some(name),
             description: args.description,
             writable: args.writable.unwrap_or(false) && !read_only,
             ..NbdExportOptions::default()
-        })
+        };
+        self.add_nbd(options, None)
     }
 
     fn query_block_exports(&self) -> Vec<BlockExportInfo> {

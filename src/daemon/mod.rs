@@ -17,6 +17,7 @@ mod events;
 mod exports;
 mod live;
 mod nodes;
+mod objects;
 mod query;
 mod run;
 mod simple;
@@ -48,6 +49,7 @@ pub struct Daemon {
     events: Events,
     exports: Arc<Exports>,
     nbd: Mutex<Option<Arc<NbdServer>>>,
+    objects: Mutex<objects::Objects>,
     stop: Mutex<Option<Stop>>,
     stopped: Condvar,
 }
@@ -67,6 +69,7 @@ impl Daemon {
             events,
             exports,
             nbd: Mutex::default(),
+            objects: Mutex::default(),
             stop: Mutex::default(),
             stopped: Condvar::new(),
         }))
@@ -77,6 +80,7 @@ impl Daemon {
         let mut registry = Registry::default();
         introspect::register(&mut registry);
         nodes::register(&mut registry);
+        objects::register(&mut registry);
         query::register(&mut registry);
         exports::register(&mut registry);
         events::register(&mut registry);
@@ -226,6 +230,14 @@ mod tests {
         assert_eq!(p.run("block-export-add", export), json!({}), "the id is free again");
         assert_eq!(p.run("nbd-server-stop", json!({})), json!({}));
         assert_eq!(p.run("query-block-exports", json!({})), json!([]));
+        let unknown = "Cannot find device='' nor node-name='zz'";
+        assert_eq!(p.run("block_resize", json!({"node-name": "zz", "size": -1})), unknown);
+        let unknown = "Cannot find device='zz' nor node-name=''";
+        assert_eq!(p.run("block_resize", json!({"device": "zz", "size": 512})), unknown);
+        let resize = p.run("block_resize", json!({"node-name": "n", "size": -1}));
+        assert_eq!(resize, "Parameter 'size' expects a >0 size");
+        let unknown = "Cannot find device='zz' nor node-name='zz'";
+        assert_eq!(p.run("nbd-server-add", json!({"device": "zz", "name": "9"})), unknown);
         assert!(!socket.exists());
         p.daemon.close().unwrap();
     }

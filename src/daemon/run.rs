@@ -95,6 +95,7 @@ impl Serving {
     fn execute(&mut self, step: &Step) -> Result<(), Error> {
         match &step.action {
             Action::Blockdev(o) => self.daemon.blockdev_add((**o).clone()),
+            Action::Object(o) => self.daemon.object_add(o.clone()),
             Action::NbdServer(o) => self.daemon.nbd_server_start(o),
             Action::Export(o) => self.daemon.block_export_add((**o).clone()),
             Action::Chardev(o) => {

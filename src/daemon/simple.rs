@@ -56,6 +56,8 @@ pub(super) fn bring_up(simple: &Simple, serving: &mut Serving) -> Result<(), Err
             node_name: NAME.into(),
             writable: Some(!simple.read_only),
             writethrough: None,
+            iothread: None,
+            fixed_iothread: None,
         },
         kind: BlockExportType::Nbd(BlockExportOptionsNbd::default()),
     })?;

@@ -199,6 +199,7 @@ mod tests {
                 "{'driver':'null-co','cache':{'direct':1}}",
                 "Invalid parameter type for 'cache.direct', expected: boolean",
             ),
+            ("{'driver':'raw','file':{'driver':'nope'}}", "Parameter 'driver' does not accept value 'nope'"),
             ("{'driver':'null-co','discard':'x'}", "Parameter 'discard' does not accept value 'x'"),
             (
                 "{'driver':'qcow2','file':'x','backing':5}",

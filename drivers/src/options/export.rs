@@ -13,6 +13,10 @@ crate::qapi! {
         writable: Option<bool> = "writable",
         /// Whether every write is durable before its answer (default: off).
         writethrough: Option<bool> = "writethrough",
+        /// The iothread that serves its clients (default: the cores in turn).
+        iothread: Option<String> = "iothread",
+        /// Whether it may never leave that iothread (default: off; here it never does).
+        fixed_iothread: Option<bool> = "fixed-iothread",
     }
 
     /// An export of a block node.

@@ -22,6 +22,7 @@ pub mod desc;
 pub mod export;
 pub mod json;
 pub mod keyval;
+pub mod object;
 pub mod schema;
 pub mod size;
 pub mod types;

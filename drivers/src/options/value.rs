@@ -100,9 +100,14 @@ impl<'a> Input<'a> {
         find(text).ok_or_else(|| self.bad_word(text))
     }
 
-    /// The error for a word that is none of those expected.
+    /// The error for a word that is none of those expected. Unlike the others it names a member without the path
+    /// that leads to it, as clients know it.
     pub fn bad_word(&self, word: &str) -> Error {
-        Error::invalid(format!("Parameter '{}' does not accept value '{word}'", self.path))
+        let name = match self.path {
+            Path::Member(_, name) => (*name).to_owned(),
+            path => path.to_string(),
+        };
+        Error::invalid(format!("Parameter '{name}' does not accept value '{word}'"))
     }
 
     fn keyval_text(&self, expected: &str) -> Result<&'a str, Error> {

@@ -56,6 +56,20 @@ impl Input {
         Input { stream, rx: Some(Buf::new(RECEIVE)), pos: 0, end: 0 }
     }
 
+    /// A receive buffer that begins with what another had left.
+    pub(super) fn with(stream: Socket, ahead: &[u8]) -> Input {
+        let mut rx = Buf::new(RECEIVE);
+        let end = ahead.len().min(RECEIVE);
+        debug_assert_eq!(end, ahead.len(), "it was in such a buffer");
+        rx[..end].copy_from_slice(&ahead[..end]);
+        Input { stream, rx: Some(rx), pos: 0, end }
+    }
+
+    /// What has come and is not used up, for another core.
+    pub(super) fn into_bytes(self) -> Vec<u8> {
+        self.bytes().to_vec()
+    }
+
     fn bytes(&self) -> &[u8] {
         self.rx.as_ref().map_or(&[], |b| &b[self.pos..self.end])
     }

@@ -18,7 +18,7 @@ use ringblock_engine::sync::Sender;
 use super::handshake::ExportInfo;
 use super::server::Shared;
 use super::wire::{MAX_PAYLOAD, flag};
-use crate::export::Export;
+use crate::export::{Export, IoThread};
 use crate::options::export::{BlockExportOptionsBase, BlockExportOptionsNbd};
 
 /// What is called when the node has been given back.
@@ -41,11 +41,17 @@ pub struct NbdExportOptions {
     pub writethrough: bool,
     /// Offer `qemu:allocation-depth`.
     pub allocation_depth: bool,
+    /// The iothread whose core serves the clients; none for the server's cores in turn.
+    pub iothread: Option<Arc<IoThread>>,
 }
 
 impl NbdExportOptions {
-    /// From the typed options of `block-export-add`.
-    pub fn from_typed(base: &BlockExportOptionsBase, nbd: &BlockExportOptionsNbd) -> NbdExportOptions {
+    /// From the typed options of `block-export-add`; `iothread` is the one that they name, if they do.
+    pub fn from_typed(
+        base: &BlockExportOptionsBase,
+        nbd: &BlockExportOptionsNbd,
+        iothread: Option<Arc<IoThread>>,
+    ) -> NbdExportOptions {
         NbdExportOptions {
             id: base.id.clone(),
             node_name: base.node_name.clone(),
@@ -54,6 +60,7 @@ impl NbdExportOptions {
             writable: base.writable == Some(true),
             writethrough: base.writethrough == Some(true),
             allocation_depth: nbd.allocation_depth == Some(true),
+            iothread,
         }
     }
 }
@@ -69,6 +76,7 @@ struct State {
 pub struct NbdExport {
     name: String,
     options: NbdExportOptions,
+    core: Option<usize>,
     root: Root,
     server: Weak<Shared>,
     state: Mutex<State>,
@@ -77,13 +85,15 @@ pub struct NbdExport {
 impl NbdExport {
     pub(super) fn new(
         name: String,
-        options: NbdExportOptions,
+        mut options: NbdExportOptions,
         root: Root,
         server: Weak<Shared>,
         release: Sender<Gone>,
     ) -> Arc<NbdExport> {
         let state = State { clients: 0, closing: false, release: Some(release), gone: None };
-        Arc::new(NbdExport { name, options, root, server, state: Mutex::new(state) })
+        // The last client may outlive the export by a moment, and must not hold the iothread then.
+        let core = options.iothread.take().map(|t| t.core);
+        Arc::new(NbdExport { name, options, core, root, server, state: Mutex::new(state) })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -98,6 +108,11 @@ impl NbdExport {
     /// The root requests enter at.
     pub fn root(&self) -> Root {
         self.root
+    }
+
+    /// The core that serves its clients, if it is tied to one.
+    pub fn core(&self) -> Option<usize> {
+        self.core
     }
 
     pub(super) fn writethrough(&self) -> bool {

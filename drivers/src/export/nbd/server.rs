@@ -4,11 +4,13 @@
 //! - A name belongs to at most one export, from its reservation on.
 //! - At most `max_connections` clients at once, those in the option phase included; when there is no room
 //!   nobody is accepted, the kernel's queue holds them.
-//! - Each client lives on one core, chosen in turn; nothing of its data crosses to another.
+//! - Each client transmits on one core, that of its export's iothread or the one whose turn it was; nothing of
+//!   its data crosses to another.
 //! - The locks here are held for a look-up, never across an await or a foreign call.
 //!
 //! ```text
-//! accept (one task a listener) ──► next core ──► negotiate ──► bind to export ──► transmit ──► leave
+//! accept (one task a listener) ──► next core ──► negotiate ──► bind to export ──┬──────────────────► transmit ──► leave
+//!                                                                               └► core of iothread ─┘
 //! ```
 
 use std::collections::BTreeMap;
@@ -20,7 +22,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
 
 use ringblock_engine::core::Core;
-use ringblock_engine::driver::perm;
+use ringblock_engine::driver::{LocalFuture, perm};
 use ringblock_engine::graph::{Graph, RootSpec};
 use ringblock_engine::host::linux::net::{Listener, set_nodelay};
 use ringblock_engine::net::{self, Socket};
@@ -28,9 +30,9 @@ use ringblock_engine::sync::{Receiver, Sender, oneshot};
 use ringblock_engine::timer::Sleep;
 use ringblock_engine::{Engine, Errno, Error};
 
-use super::connection::{self, Entered};
+use super::connection::{self, Entered, Input};
 use super::export::{Gone, NbdExport, NbdExportOptions};
-use super::handshake::{Catalogue, ExportInfo};
+use super::handshake::{Catalogue, ExportInfo, Negotiated};
 use super::transmission::Session;
 use super::wire::MAX_STRING;
 use crate::export::Exports;
@@ -156,7 +158,7 @@ impl NbdServer {
     /// # Errors
     /// Those of [`Exports::reserve`] and of attaching to the node; "Cannot export read-only node as
     /// writable"; "NBD server already has export named 'x'", "export name 'x' too long",
-    /// "description 'x' too long".
+    /// "description 'x' too long"; "Core n does not exist" for that of the iothread.
     pub async fn add(&self, exports: &Arc<Exports>, options: NbdExportOptions) -> Result<(), Error> {
         let id = exports.reserve(&options.id)?;
         let (core, graph) = (Core::current(), Graph::current());
@@ -164,6 +166,10 @@ impl NbdServer {
         if graph.lookup(node).is_err() {
             let text = format!("Cannot find device='' nor node-name='{node}'");
             return Err(Error::new(Errno::ENODEV, text));
+        }
+        let iothread = options.iothread.clone();
+        if let Some(bad) = iothread.as_ref().map(|t| t.core).filter(|c| *c >= core.count()) {
+            return Err(Error::invalid(format!("Core {bad} does not exist")));
         }
         let name = options.name.as_ref().unwrap_or(node).clone();
         let name = self.reserve(name, options.description.as_deref())?;
@@ -188,6 +194,7 @@ impl NbdServer {
             let gone = released.await;
             // The node is given back whatever its closing says: that is reported where it was written to.
             let _ = graph.detach(root).await;
+            drop(iothread);
             if let Some(gone) = gone {
                 gone();
             }
@@ -400,13 +407,33 @@ async fn accept(shared: Arc<Shared>, listener: OwnedFd) {
     }
 }
 
-/// The whole life of one client, on its core.
+/// The whole life of one client: the option phase here, the rest on the core that its export is tied to, if any.
 async fn client(place: Place, stream: Socket) {
     let shared: Arc<Shared> = place.shared.clone();
     let limit = u64::from(shared.config.handshake_seconds) * 1_000_000_000;
     let entered = connection::negotiate(&stream, &*shared, limit, |name| place.bind(name)).await;
     let Some(Entered { negotiated, input, bound: export }) = entered else { return };
-    let session = Session::new(&negotiated);
+    let core = Core::current();
+    match export.core().filter(|c| *c != core.index) {
+        None => serve(place, stream, &export, &negotiated, input).await,
+        Some(target) => {
+            // Nothing is in flight on the socket now; what has been received beyond the option phase goes along.
+            let ahead = input.into_bytes();
+            let rest = move || -> LocalFuture<'static, ()> {
+                Box::pin(async move {
+                    let input = Input::with(stream.clone(), &ahead);
+                    serve(place, stream, &export, &negotiated, input).await;
+                })
+            };
+            core.call(target, rest).await;
+        }
+    }
+}
+
+/// The transmission phase of a client, on this core. Its place in the table is given up at the end.
+async fn serve(place: Place, stream: Socket, export: &NbdExport, negotiated: &Negotiated, input: Input) {
+    let session = Session::new(negotiated);
     let client = connection::client(stream, export.root(), export.writethrough());
     connection::transmit(client, session, input).await;
+    drop(place);
 }
