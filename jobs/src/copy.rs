@@ -6,11 +6,14 @@
 //! ```
 //!
 //! Invariants: at most `workers` pieces are in flight, so memory is bounded by `workers · chunk`; the first error stops the
-//! copy, and what was started is waited for; with `ordered`, writes of pieces are issued in order of their offset.
+//! copy, and what was started is waited for; with `ordered`, writes of pieces begin in order of their offset (and overlap).
 
 use std::cell::{Cell, RefCell};
+use std::future::{Future, poll_fn};
 use std::ops::Range;
+use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 
 use ringblock_engine::core::Core;
 use ringblock_engine::driver::Flags;
@@ -32,9 +35,11 @@ const ZEROES_MAX: u64 = 1 << 30;
 pub struct Source {
     /// The node.
     pub root: Root,
-    /// Bytes to copy, from offset 0.
+    /// Where to begin in it, bytes.
+    pub from: u64,
+    /// Where to end in it, bytes.
     pub len: u64,
-    /// Offset in the target.
+    /// Where its offset 0 goes in the target.
     pub at: u64,
 }
 
@@ -58,7 +63,7 @@ pub struct Options {
     /// Writes are issued in order of their offset.
     pub ordered: bool,
     /// Bytes per second.
-    pub rate: Option<Rc<Group>>,
+    pub rate: Option<Arc<Group>>,
 }
 
 impl Default for Options {
@@ -163,7 +168,7 @@ impl BlockCopy {
     }
 
     async fn source(self: &Rc<BlockCopy>, source: &Source, number: &mut u64) -> Result<(), Failure> {
-        let mut at = 0;
+        let mut at = source.from;
         while at < source.len && self.failure.borrow().is_none() {
             let (class, len) = self.classify(source, at).await?;
             let end = at + len;
@@ -253,18 +258,24 @@ impl BlockCopy {
             }
         }
         self.wait_turn(number).await;
-        let written = match (result, data) {
-            (Err(e), _) => Err(e),
-            _ if self.failure.borrow().is_some() => Ok(()),
-            (_, Some(buf)) => self.write(to, buf).await,
-            _ if class == Class::Zero => self.zero(to, len).await,
-            _ => Ok(()),
+        let write = async {
+            match (result, data) {
+                (Err(e), _) => Err(e),
+                _ if self.failure.borrow().is_some() => Ok(()),
+                (_, Some(buf)) => self.write(to, buf).await,
+                _ if class == Class::Zero => self.zero(to, len).await,
+                _ => Ok(()),
+            }
         };
+        begun(write, || self.pass(number)).await
+    }
+
+    /// The next piece may begin to write.
+    fn pass(&self, number: u64) {
         self.turn.set(self.turn.get().max(number + 1));
         if self.options.ordered {
             self.turns.notify();
         }
-        written
     }
 
     async fn wait_for_rate(&self, bytes: u64) {
@@ -331,4 +342,18 @@ impl BlockCopy {
         }
         Ok(())
     }
+}
+
+/// Runs a future, and calls `after` as soon as it has begun.
+async fn begun<T>(future: impl Future<Output = T>, after: impl FnOnce()) -> T {
+    let mut future = pin!(future);
+    let mut after = Some(after);
+    poll_fn(|cx| {
+        let polled = future.as_mut().poll(cx);
+        if let Some(after) = after.take() {
+            after();
+        }
+        polled
+    })
+    .await
 }

@@ -9,7 +9,9 @@
 
 pub mod compare;
 pub mod copy;
+pub mod lanes;
 mod zeroes;
 
 pub use compare::{Difference, compare};
 pub use copy::{BlockCopy, Options, Source};
+pub use lanes::copy_on_all_cores;

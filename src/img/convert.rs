@@ -15,8 +15,8 @@ use ringblock_drivers::options::size::BadSize;
 use ringblock_engine::Error;
 use ringblock_engine::throttle::{Config, Group, Kind, Rate};
 use ringblock_jobs::copy::{Doing, Failure};
-use ringblock_jobs::{BlockCopy, Options, Source as CopySource};
-use std::rc::Rc;
+use ringblock_jobs::{BlockCopy, Options, Source as CopySource, copy_on_all_cores};
+use std::sync::Arc;
 
 pub(super) const COMMAND: Command = Command {
     name: "convert",
@@ -58,6 +58,9 @@ pub(super) const COMMAND: Command = Command {
     run,
 };
 
+/// Bytes of a piece: as many pieces in flight as there may be still fit the buffers that a core keeps.
+const CHUNK: u64 = 1 << 20;
+
 /// The command line.
 struct Wanted {
     source_format: Option<String>,
@@ -86,7 +89,9 @@ fn run(tool: &Tool, parsed: Parsed) -> Outcome {
     }
     let wanted = read(parsed)?;
     let tool = tool.clone();
-    on_engine(1, move || Box::pin(work(tool, wanted)))
+    // what need not be in order is done on all cores
+    let cores = usize::from(!wanted.out_of_order);
+    on_engine(cores, move || Box::pin(work(tool, wanted)))
 }
 
 /// Takes the command line apart. Refusals come in the order of qemu-img's.
@@ -216,7 +221,7 @@ async fn work(tool: Tool, w: Wanted) -> Outcome {
         let source =
             Source { name: name.clone(), format: w.source_format.clone(), image_opts: w.source_opts };
         let image = source.open(&tool, w.source).await?;
-        sources.push(CopySource { root: image.root, len: image.size, at });
+        sources.push(CopySource { root: image.root, from: 0, len: image.size, at });
         let sum = at.checked_add(image.size).filter(|n| *n <= i64::MAX as u64);
         at = sum.ok_or("The image size is too large")?;
     }
@@ -236,7 +241,7 @@ async fn work(tool: Tool, w: Wanted) -> Outcome {
     let base = if backed { backing_of(&sources).await } else { None };
     let options = Options {
         workers: w.parallel,
-        chunk: (2 << 20u64).max(cluster) as usize,
+        chunk: CHUNK.max(cluster) as usize,
         sparse: w.sparse as usize,
         target_is_zero: !backed && (w.target_is_zero || !w.no_create && !on_device(&target)),
         base,
@@ -247,7 +252,10 @@ async fn work(tool: Tool, w: Wanted) -> Outcome {
     };
     let progress = Progress::new(w.progress, total);
     let line = progress.clone();
-    let done = BlockCopy::new(target.root, options, Box::new(move |n| line.at(n))).run(&sources).await;
+    let done = match w.out_of_order {
+        true => copy_on_all_cores(target.root, options, sources, Arc::new(move |n| line.at(n))).await,
+        false => BlockCopy::new(target.root, options, Box::new(move |n| line.at(n))).run(&sources).await,
+    };
     progress.end(done.is_ok());
     done.map_err(failed)?;
     let flushed = target.root.flush().await;
@@ -311,10 +319,10 @@ async fn backing_of(sources: &[CopySource]) -> Option<ringblock_engine::graph::N
     node.edges.iter().find(|e| e.name == "backing").map(|e| e.node)
 }
 
-fn limit(rate: u64) -> Rc<Group> {
+fn limit(rate: u64) -> Arc<Group> {
     let mut config = Config::default();
     config.rates[Kind::BpsTotal as usize] = Rate { avg: rate as f64, max: 0.0, length: 1.0 };
-    Rc::new(Group::new(config))
+    Arc::new(Group::new(config))
 }
 
 fn failed(f: Failure) -> Fail {

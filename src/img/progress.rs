@@ -1,7 +1,7 @@
 //! `-p`: how far a long command is, on one line.
 
-use std::cell::Cell;
-use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use crate::tool::out;
 
@@ -11,13 +11,13 @@ pub(super) struct Progress {
     on: bool,
     total: u64,
     /// Hundredths of a percent that were shown last.
-    shown: Rc<Cell<u64>>,
+    shown: Arc<AtomicU64>,
 }
 
 impl Progress {
     /// A line for `total` bytes, at 0.
     pub(super) fn new(on: bool, total: u64) -> Progress {
-        let progress = Progress { on, total, shown: Rc::new(Cell::new(0)) };
+        let progress = Progress { on, total, shown: Arc::default() };
         progress.show(0);
         progress
     }
@@ -29,13 +29,13 @@ impl Progress {
         } else {
             (done.min(self.total) as u128 * 10_000 / self.total as u128) as u64
         };
-        if now >= self.shown.get() + 100 {
+        if now >= self.shown.load(Relaxed) + 100 {
             self.show(now);
         }
     }
 
     fn show(&self, hundredths: u64) {
-        self.shown.set(hundredths);
+        self.shown.store(hundredths, Relaxed);
         if self.on {
             out(&format!("    ({}.{:02}/100%)\r", hundredths / 100, hundredths % 100));
         }
@@ -51,7 +51,7 @@ impl Progress {
 
     /// Everything is done, unless that was said already.
     pub(super) fn full(&self) {
-        if self.shown.get() < 10_000 {
+        if self.shown.load(Relaxed) < 10_000 {
             self.show(10_000);
         }
     }
