@@ -52,6 +52,29 @@ impl Twins {
         self.same(line, words(tools::io(), line), words(tools::qemu_io(), line));
     }
 
+    /// Runs `line` with the image tools where our words or our map are known to differ, and says why: only the
+    /// exit codes must be the same.
+    pub fn img_codes(&mut self, line: &str, why: &str) {
+        let ours = words(tools::img(), line).dir(self.ours.path()).run();
+        let theirs = words(tools::qemu_img(), line).dir(self.theirs.path()).run();
+        println!("known difference: {line}: {why}");
+        self.seen += 1;
+        if ours.code != theirs.code {
+            self.wrong.push(format!("### {line}\n{}{}", ours.describe(), theirs.describe()));
+        }
+    }
+
+    /// Runs `line` with our image tool, which must refuse it by name: something that is not here yet.
+    pub fn img_refuses(&mut self, line: &str, name: &str) {
+        if tools::is_product("RINGBLOCK_IMG") {
+            let ours = words(tools::img(), line).dir(self.ours.path()).run();
+            self.seen += 1;
+            if ours.code != 1 || !ours.stderr.contains(name) || !ours.stderr.contains("not supported") {
+                self.wrong.push(format!("### {line}: no refusal of {name}\n{}", ours.describe()));
+            }
+        }
+    }
+
     /// Runs two commands, each in its folder, and notes every difference.
     pub fn same(&mut self, line: &str, ours: Cmd, theirs: Cmd) {
         let ours = ours.dir(self.ours.path()).run();
