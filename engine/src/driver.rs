@@ -68,8 +68,12 @@ pub enum Target {
         /// Host offset in child `child` that the zero cluster keeps allocated.
         keeps: Option<(ChildIx, u64)>,
     },
-    /// Not allocated and nothing below: reads as zeroes.
-    Hole,
+    /// Not allocated and nothing below: reads as zeroes; `keeps` as for [`Target::Zero`] (a subcluster that is not
+    /// allocated, in a cluster that is).
+    Hole {
+        /// Host offset in child `child` that belongs to it.
+        keeps: Option<(ChildIx, u64)>,
+    },
     /// Needs [`Driver::read_encoded`], with this cookie (compressed or encrypted data).
     Encoded {
         /// The driver's own description of the data (for qcow2: the L2 entry).
@@ -144,11 +148,12 @@ fn continues(last: &Extent, next: &Target) -> bool {
         (Target::Below { child: a, off: x }, Target::Below { child: b, off: y }) => {
             a == b && x + last.len == y
         }
-        (Target::Zero { keeps: None }, Target::Zero { keeps: None }) => true,
-        (Target::Zero { keeps: Some((a, x)) }, Target::Zero { keeps: Some((b, y)) }) => {
-            a == b && x + last.len == y
-        }
-        (Target::Hole, Target::Hole) => true,
+        (Target::Zero { keeps: a }, Target::Zero { keeps: b })
+        | (Target::Hole { keeps: a }, Target::Hole { keeps: b }) => match (a, b) {
+            (None, None) => true,
+            (Some((a, x)), Some((b, y))) => a == b && x + last.len == y,
+            _ => false,
+        },
         _ => false,
     }
 }

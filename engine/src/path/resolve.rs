@@ -152,7 +152,7 @@ impl Plan {
                         let child = node.child(child).map_err(Stop::Bad)?;
                         self.below(view, child, off..off + extent.len, depth + 1)?;
                     }
-                    Target::Zero { .. } | Target::Hole => self.zero(extent.len),
+                    Target::Zero { .. } | Target::Hole { .. } => self.zero(extent.len),
                     Target::Encoded { cookie } => {
                         return Err(Stop::Encoded { node: node.id, cookie, guest: at, len: extent.len });
                     }

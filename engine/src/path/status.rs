@@ -73,7 +73,9 @@ pub(crate) fn status_node(
                 Target::Zero { keeps } => {
                     Ok(Status { zero: true, allocated: true, offset: keeps.map(|(_, off)| off), ..none })
                 }
-                Target::Hole => Ok(Status { zero: true, ..none }),
+                Target::Hole { keeps } => {
+                    Ok(Status { zero: true, offset: keeps.map(|(_, off)| off), ..none })
+                }
                 Target::Below { .. } => Ok(none),
             };
         }

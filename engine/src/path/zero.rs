@@ -81,7 +81,7 @@ async fn zero_edge(core: &Core, view: &NodeView, range: Range<u64>) -> Result<()
     if let Kind::Map(map) = view.driver.kind() {
         let mut out = Extents::new();
         let hit = map.lookup(Access::Read, range.clone(), &mut out) == Lookup::Hit;
-        let zero = |e: &crate::driver::Extent| matches!(e.target, Target::Zero { .. } | Target::Hole);
+        let zero = |e: &crate::driver::Extent| matches!(e.target, Target::Zero { .. } | Target::Hole { .. });
         if hit && out.covered() >= range.end - range.start && out.as_slice().iter().all(zero) {
             return Ok(());
         }

@@ -122,7 +122,7 @@ impl Map for Table {
                 FREE if access == Access::Write => {
                     return if out.covered() > 0 { Lookup::Hit } else { Lookup::NeedsClaim { len: n } };
                 }
-                FREE => Target::Hole,
+                FREE => Target::Hole { keeps: None },
                 host => Target::Data { child: 0, off: (host - 1) * self.cluster + at % self.cluster },
             };
             if !out.push(n, target) {

@@ -195,7 +195,7 @@ impl Shared {
     #[inline]
     fn unallocated(&self, at: u64) -> Target {
         match self.below.load(Ordering::Acquire) {
-            NO_CHILD => Target::Hole,
+            NO_CHILD => Target::Hole { keeps: None },
             child => Target::Below { child, off: at },
         }
     }
@@ -283,7 +283,10 @@ impl Shared {
                         Some(Target::Data { child, off })
                     }
                     _ if zero & bit != 0 => Some(Target::Zero { keeps: host.map(|a| data(a, skip)) }),
-                    _ => Some(self.unallocated(at - g.in_cluster(GuestOffset(at)) + skip)),
+                    _ => Some(match self.unallocated(at - g.in_cluster(GuestOffset(at)) + skip) {
+                        Target::Hole { .. } => Target::Hole { keeps: host.map(|a| data(a, skip)) },
+                        below => below,
+                    }),
                 });
             }
         };

@@ -62,7 +62,10 @@ fn slices_missing_and_empty() {
     let s = shared(false, None);
     let span = s.geometry().slice_span();
     let (lookup, list) = look(&s, Access::Read, span..2 * span);
-    assert_eq!((lookup, list), (Lookup::Hit, vec![Extent { len: span, target: Target::Hole }]));
+    assert_eq!(
+        (lookup, list),
+        (Lookup::Hit, vec![Extent { len: span, target: Target::Hole { keeps: None } }])
+    );
     assert_eq!(look(&s, Access::Read, 2 * span..3 * span), (Lookup::Miss(2), vec![]));
     let (lookup, list) = look(&s, Access::Read, span..3 * span);
     assert_eq!((lookup, list.len(), list[0].len), (Lookup::Hit, 1, span));

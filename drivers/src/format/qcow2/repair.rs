@@ -24,7 +24,7 @@ pub(super) async fn run(mut check: Check<'_>, fix: Repair, said: &mut Vec<String
     let report = &check.report;
     if fix == Repair::All && check.missing {
         said.push("Rebuilding refcount structure".to_owned());
-        rebuild(&mut check).await?;
+        rebuild(&mut check, said).await?;
     } else if report.leaks > 0 || report.corruptions > 0 {
         adjust(&check, fix, said).await?;
     }
@@ -82,17 +82,21 @@ async fn adjust(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Resul
 }
 
 /// Writes new blocks and a new table behind everything, and makes the header name them.
-async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
+async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
     let g = check.g;
     let order = g.refcount_order;
     // The old table and blocks are not needed any more, but they stay until the new ones are in force, so the space they
     // hold becomes free and not part of the new structure.
-    for (i, &at) in check.reftable.iter().enumerate() {
-        let _ = i;
-        forget(&mut check.refs.0, at, g.cluster_size(), g.cluster_bits);
+    let mut freed = Vec::new();
+    for &at in &check.reftable {
+        forget(&mut check.refs.0, at, g.cluster_size(), g.cluster_bits, &mut freed);
     }
     let old_bytes = u64::from(check.header.reftable_clusters) << g.cluster_bits;
-    forget(&mut check.refs.0, check.header.reftable_offset.0, old_bytes, g.cluster_bits);
+    forget(&mut check.refs.0, check.header.reftable_offset.0, old_bytes, g.cluster_bits, &mut freed);
+    freed.sort_unstable();
+    for c in freed {
+        tell(said, || format!("Repairing cluster {c} refcount=1 reference=0"));
+    }
     let refs = &check.refs.0;
     let end = refs.len() as u64;
     let used = |b: u64| {
@@ -135,13 +139,16 @@ async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
     write_header(check).await
 }
 
-/// Takes one reference away from each cluster of a range.
-fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32) {
+/// Takes one reference away from each cluster of a range, and lists those of which it was the only one.
+fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32, freed: &mut Vec<u64>) {
     if at == 0 || len == 0 {
         return;
     }
     for c in at >> bits..=(at + len - 1) >> bits {
         if let Some(n) = refs.get_mut(c as usize) {
+            if *n == 1 {
+                freed.push(c);
+            }
             *n = n.saturating_sub(1);
         }
     }
