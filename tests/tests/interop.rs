@@ -4,7 +4,7 @@
 //! other reads it, writes to it and hands it back; after every change of hands the peer's check must find
 //! nothing, and a plain copy made by each program must equal the content.
 
-use ringblock_tests::images::{Base, Content, RECIPES, Recipe, check_clean, run_io, run_io_on};
+use ringblock_tests::images::{self, Base, Content, RECIPES, Recipe, check_clean, run_io, run_io_on};
 use ringblock_tests::tools::{self, Cmd};
 use ringblock_tests::{Daemon, Rng, TestDir, for_all};
 
@@ -222,4 +222,28 @@ fn unknown_incompatible_features_are_refused() {
     let out = tools::io().line("-f qcow2 -c").arg("write 0 4096").arg(&image).fails(1);
     assert!(out.stderr.contains("Unknown incompatible feature"), "{}", out.describe());
     assert_eq!(std::fs::read(&image).expect("read"), bytes, "the image was changed");
+}
+
+/// Goal: nobody trusts a persistent bitmap that missed our writes. Method: the peer adds a bitmap; reading
+/// changes nothing; after our write either the bitmaps as a whole are called inconsistent (the autoclear bit),
+/// or each is marked as in use, and the image is sound.
+#[test]
+fn bitmaps_that_missed_writes_are_not_trusted() {
+    let dir = TestDir::new("autoclear");
+    let image = dir.file("bitmap.qcow2");
+    tools::qemu_img().line("create -q -f qcow2").args([&image, "4M"]).ok();
+    tools::qemu_img().line("bitmap --add").args([&image, "b0"]).ok();
+    let in_order = || {
+        let info = tools::qemu_img().line("info --output=json -f qcow2").arg(&image).ok().json();
+        let bitmaps = info["format-specific"]["data"]["bitmaps"].as_array().cloned().unwrap_or_default();
+        bitmaps.iter().any(|b| !b["flags"].as_array().is_some_and(|f| f.iter().any(|f| f == "in-use")))
+    };
+    assert!(in_order(), "the peer marks its bitmaps consistent");
+    tools::io().line("-r -f qcow2 -c").arg("read 0 4096").arg(&image).ok();
+    assert!(in_order(), "reading changes nothing");
+    run_io(tools::io, &dir, &image, &["write -P 3 0 64k".to_string()]);
+    if tools::is_product("RINGBLOCK_IO") {
+        assert!(!in_order(), "a bitmap that missed our write must not look up to date");
+    }
+    images::check_no_errors(&image);
 }
