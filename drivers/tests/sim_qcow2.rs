@@ -279,10 +279,10 @@ fn slow_operations_meet_reuse() {
         let mut case = Case::new("small", cluster_size, 48 << 10);
         case.options.refcount_bits = 64;
         for seed in seeds(15) {
-            let faults = Faults { stalled: 8, stall_ns: 4_000_000_000, ..Faults::default() };
+            let faults = Faults { stalled: 10, stall_ns: 20_000_000, ..Faults::default() };
             let (mut world, root, oracle) = world(&case, seed, faults);
             lock(&oracle).set_wild(8..case.sectors());
-            let mut guest = Guest::new(0..0, 250);
+            let mut guest = Guest::new(0..0, 400);
             (guest.reads, guest.flushes, guest.discards, guest.zeroes) = (150, 40, 60, 30);
             let c = case.clone();
             world.run(move || Box::pin(work_as(root, c, oracle, guest, 8, seed)));
