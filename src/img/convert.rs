@@ -99,7 +99,7 @@ fn read(parsed: Parsed) -> Result<Wanted, Fail> {
     let mut w = Wanted {
         source_format: None,
         source_opts: false,
-        source: Access::default(),
+        source: Access { no_writers: true, ..Access::default() },
         target: Access { write: true, unmap: true, cache: Cache::UNSAFE, ..Access::default() },
         target_opts: false,
         new: NewImage { format: "raw".into(), ..NewImage::default() },

@@ -53,6 +53,8 @@ pub struct Access {
     pub detect_zeroes: bool,
     /// The backing file is not opened.
     pub no_backing: bool,
+    /// Refuses an image that somebody else writes to (unless `force_share`).
+    pub no_writers: bool,
     /// aio mode, if named: only its checks matter.
     pub aio: Option<BlockdevAioOptions>,
 }
@@ -235,7 +237,8 @@ fn protocol_options(
 
 /// Adds the node to the graph and a root on it.
 pub async fn attach(name: &str, options: BlockdevOptions, how: How, access: Access) -> Result<Image, Error> {
-    attach_sharing(name, options, how, access, perm::ALL).await
+    let writers = if access.no_writers && !access.force_share { perm::WRITE | perm::RESIZE } else { 0 };
+    attach_sharing(name, options, how, access, perm::ALL & !writers).await
 }
 
 /// As [`attach`], for one who lets others do only what is in `shared` (bits of [`perm`]).
