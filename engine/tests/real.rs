@@ -276,7 +276,10 @@ fn teardown_with_operations_in_flight() {
                         loop {
                             let call = move || -> ringblock_engine::driver::LocalFuture<'static, bool> {
                                 Box::pin(async move {
-                                    root.write(i * 4096, Buf::zeroed(4096), Default::default()).await.0.is_ok()
+                                    root.write(i * 4096, Buf::zeroed(4096), Default::default())
+                                        .await
+                                        .0
+                                        .is_ok()
                                 })
                             };
                             // once the other core has stopped, writes fail at once: going on would never yield
