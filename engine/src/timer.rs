@@ -67,10 +67,10 @@ impl Sleep {
         Sleep { core: Core::current(), at, key: None }
     }
 
-    /// For `ns` nanoseconds from now.
+    /// For `ns` nanoseconds from now, not less: the clock is read, for the turn's may be old by the length of the turn.
     pub fn ns(ns: u64) -> Sleep {
         let core = Core::current();
-        let at = core.now().saturating_add(ns);
+        let at = core.now_exact().saturating_add(ns);
         Sleep { core, at, key: None }
     }
 }

@@ -160,6 +160,8 @@ fn timers_fire_in_order() {
     let engine = engine(1);
     let order = engine.run(0, || {
         Box::pin(async {
+            // a turn that has lasted a while must not shorten the sleeps
+            std::thread::sleep(Duration::from_millis(3));
             let order = Rc::new(std::cell::RefCell::new(Vec::new()));
             let core = Core::current();
             let started = Instant::now();
