@@ -1,0 +1,2 @@
+//! Faults, histories, models and hostile input, thrown at the engine.
+#![forbid(unsafe_code)]

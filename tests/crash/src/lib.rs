@@ -1,0 +1,2 @@
+//! Crash states of recorded runs, enumerated and judged.
+#![forbid(unsafe_code)]
