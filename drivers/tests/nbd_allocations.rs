@@ -1,11 +1,9 @@
 //! The NBD export serves reads and writes without touching the heap. A binary of its own: it counts every
 //! allocation of the process.
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 
 use ringblock_drivers::export::nbd::wire::{REQUEST_MAGIC, cmd};
 use ringblock_drivers::export::nbd::{NbdExportOptions, NbdServer, ServerConfig};
@@ -13,26 +11,10 @@ use ringblock_drivers::export::{Exports, listen};
 use ringblock_drivers::open;
 use ringblock_drivers::options::{from_arg, from_json};
 use ringblock_engine::graph::Graph;
+use ringblock_engine::heap::Counting;
 use ringblock_engine::sync::block_on;
 use ringblock_engine::{Config, Engine};
 use serde_json::json;
-
-struct Counting;
-
-static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
-
-// SAFETY: every call goes to the system's allocator unchanged.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
 
 #[global_allocator]
 static COUNTING: Counting = Counting;
@@ -97,9 +79,9 @@ fn steady_state_allocates_nothing() {
         }
     };
     run(200);
-    let before = ALLOCATIONS.load(Ordering::Relaxed);
+    let before = Counting::of_all();
     run(400);
-    let count = ALLOCATIONS.load(Ordering::Relaxed) - before;
+    let count = Counting::of_all() - before;
     // A queue may still double once or twice; one allocation per request would be 25,600.
     assert!(count <= 16, "{count} allocations in 25,600 requests");
 

@@ -27,6 +27,8 @@ mod exec;
 #[cfg(not(loom))]
 pub mod graph;
 #[cfg(not(loom))]
+pub mod heap;
+#[cfg(not(loom))]
 pub mod host;
 #[cfg(not(loom))]
 #[allow(unreachable_pub)] // parking is public to its model check

@@ -3,38 +3,15 @@
 
 mod support;
 
-use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
 use ringblock_engine::core::Core;
 use ringblock_engine::driver::{Flags, LocalFuture};
+use ringblock_engine::heap::Counting;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
 use ringblock_engine::{Config, Engine};
 use support::*;
-
-struct Counting;
-
-thread_local! {
-    static COUNT: Cell<u64> = const { Cell::new(0) };
-}
-
-fn counted() -> u64 {
-    COUNT.with(Cell::get)
-}
-
-// SAFETY: passes everything on to the system's allocator; the counter is a plain thread-local without a destructor.
-unsafe impl GlobalAlloc for Counting {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        COUNT.with(|c| c.set(c.get() + 1));
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.alloc(layout) }
-    }
-    unsafe fn dealloc(&self, ptr: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promises are passed on.
-        unsafe { System.dealloc(ptr, layout) }
-    }
-}
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
@@ -90,9 +67,9 @@ fn hot_path_does_not_allocate() {
                 let mut counts = [0; 2];
                 for (i, write) in [false, true].into_iter().enumerate() {
                     load(root, 500, write).await;
-                    let before = counted();
+                    let before = Counting::of_thread();
                     load(root, 5000, write).await;
-                    counts[i] = counted() - before;
+                    counts[i] = Counting::of_thread() - before;
                 }
                 counts
             })

@@ -154,23 +154,26 @@ fn calls_between_cores_survive_a_full_inbox() {
     assert_eq!(ringblock_engine::sync::block_on(last.expect("some")), Some(9_999));
 }
 
-/// Goal: timers fire in order and not early; a dropped one does not fire. Method: sleeps in reverse order.
+/// Goal: timers fire in order and not early; a dropped one does not fire. Method: sleeps out of order, until times counted
+/// from one moment and for times counted from each one's own.
 #[test]
 fn timers_fire_in_order() {
     let engine = engine(1);
     let order = engine.run(0, || {
         Box::pin(async {
-            // a turn that has lasted a while must not shorten the sleeps
-            std::thread::sleep(Duration::from_millis(3));
             let order = Rc::new(std::cell::RefCell::new(Vec::new()));
             let core = Core::current();
-            let started = Instant::now();
+            let base = core.now_exact();
             let mut joins = Vec::new();
             for ms in [30u64, 10, 20, 5] {
                 let order = order.clone();
                 joins.push(core.spawn_join(async move {
-                    Sleep::ns(ms * 1_000_000).await;
-                    assert!(started.elapsed() >= Duration::from_millis(ms));
+                    // a turn that has lasted a while already must not shorten the sleep
+                    std::thread::sleep(Duration::from_millis(2));
+                    let started = Instant::now();
+                    Sleep::ns(1_000_000).await;
+                    assert!(started.elapsed() >= Duration::from_millis(1), "early");
+                    Sleep::until(base + ms * 1_000_000).await;
                     order.borrow_mut().push(ms);
                 }));
             }

@@ -373,7 +373,7 @@ fn string(token: &[u8]) -> Result<String, Error> {
     Ok(out)
 }
 
-/// The character of `\uXXXX`, or of two of them that are a surrogate pair; the first `\u` is already taken.
+/// The character of `\uHHHH`, or of two of them that are a surrogate pair; the first `\u` is already taken.
 fn unicode_escape(chars: &mut std::str::Chars<'_>) -> Result<char, Error> {
     let unit = |chars: &mut std::str::Chars<'_>| -> (String, Option<u32>) {
         let digits: String = chars.take(4).collect();
