@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   test ─► tools: present? install? ─► release build ─► cargo test ─► loom models ─► address sanitizer ─► summary
+//!   prove, crash, adversary, fuzz ─► the adversaries of VERIFICATION.md, all or one
 //! ```
 //!
 //! Invariants: nothing is skipped silently (a step that cannot run has failed, a step that ran no test has
@@ -10,6 +11,7 @@
 #![forbid(unsafe_code)]
 
 mod install;
+mod prove;
 mod steps;
 
 use std::process::ExitCode;
@@ -20,6 +22,10 @@ Usage: cargo xtask TASK
 Tasks:
   test [STEP...]     install what the tests need, then run every test
                      steps: tools build tests loom asan (default: all, in this order)
+  prove [--long]     every adversary of VERIFICATION.md; --long takes hours
+  crash ...          one of the crash adversaries: states, replay, mutants, repair, lazy, agree, ...
+  adversary ...      one of the others: faults, linear, model, images, clients, kill9
+  fuzz ...           the fuzz targets under the in-tree mutator
   tools              only check for the programs the tests use, and install what is missing
 ";
 
@@ -28,6 +34,9 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["test", wanted @ ..] => steps::test(wanted),
+        ["prove"] => prove::all(false),
+        ["prove", "--long"] => prove::all(true),
+        [name @ ("crash" | "adversary" | "fuzz"), rest @ ..] => prove::one(name, rest),
         ["tools"] => steps::test(&["tools"]),
         ["help" | "--help" | "-h"] => {
             print!("{USAGE}");

@@ -95,14 +95,14 @@ fn summary(done: &[Done], wanted: &[&str]) -> ExitCode {
 }
 
 impl Places {
-    fn find() -> Self {
+    pub(crate) fn find() -> Self {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().map(Path::to_path_buf).unwrap_or_default();
         let target =
             std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
         Self { root, target }
     }
 
-    fn cargo(&self, line: &str) -> Command {
+    pub(crate) fn cargo(&self, line: &str) -> Command {
         let program = std::env::var_os("CARGO").unwrap_or_else(|| OsString::from("cargo"));
         let mut command = Command::new(program);
         command.args(line.split_whitespace()).current_dir(&self.root);
@@ -194,6 +194,11 @@ fn watch(mut command: Command) -> Result<Counts, String> {
 }
 
 impl Counts {
+    /// So many successes.
+    pub(crate) fn good(passed: u64) -> Counts {
+        Counts { passed, ..Counts::default() }
+    }
+
     /// Adds a line such as `test result: ok. 4 passed; 0 failed; 1 ignored; 0 measured; …`.
     fn add(&mut self, line: &str) {
         let Some(rest) = line.strip_prefix("test result: ") else {
