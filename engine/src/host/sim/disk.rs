@@ -18,6 +18,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use super::journal::{Event, Journal};
 use super::{Image, Rng};
 use crate::error::{Errno, Error};
 use crate::host::linux::extent::Extent;
@@ -27,8 +28,8 @@ use crate::host::linux::probe::HostLimits;
 pub const SECTOR: u64 = 512;
 
 /// A change of a file.
-#[derive(Clone, Debug)]
-pub(crate) enum Change {
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
     /// Bytes at an offset.
     Data(u64, Vec<u8>),
     /// A range reads as zeroes; `true` makes it a hole.
@@ -68,12 +69,19 @@ pub struct Disk {
     id: i32,
     align: u32,
     state: Mutex<State>,
+    journal: Option<Arc<Journal>>,
 }
 
 impl Disk {
-    fn new(id: i32, align: u32, image: Image) -> Disk {
+    fn new(id: i32, align: u32, image: Image, journal: Option<Arc<Journal>>) -> Disk {
         let state = State { live: image.clone(), durable: image, ..State::default() };
-        Disk { id, align, state: Mutex::new(state) }
+        Disk { id, align, state: Mutex::new(state), journal }
+    }
+
+    fn note(&self, event: impl FnOnce() -> Event) {
+        if let Some(journal) = &self.journal {
+            journal.add(event());
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -139,6 +147,7 @@ impl Disk {
         let mut s = self.lock();
         s.event += 1;
         let id = s.event;
+        self.note(|| Event::Submitted { disk: self.id, id, change: change.clone() });
         let logged = Logged { change, completed: 0, extends: None, doomed: false, masked: Vec::new() };
         s.flying.insert(id, logged);
         id
@@ -148,6 +157,7 @@ impl Disk {
     pub(crate) fn finish(&self, id: u64, keep: u64, durable: bool) {
         let mut s = self.lock();
         let Some(mut logged) = s.flying.remove(&id) else { return };
+        self.note(|| Event::Completed { disk: self.id, id, kept: keep, durable });
         if let Change::Data(_, data) = &mut logged.change {
             data.truncate(keep as usize);
         }
@@ -158,12 +168,17 @@ impl Disk {
     pub(crate) fn fail(&self, id: u64, rng: &mut Rng) {
         let mut s = self.lock();
         let Some(logged) = s.flying.remove(&id) else { return };
+        self.note(|| Event::Dropped { disk: self.id, id });
         let live_len = s.live.len();
         let pieces = s.sectors(&logged, live_len);
         for (off, data) in pieces {
             // a failed write does not extend
             if rng.chance(500) && off + data.len() as u64 <= live_len {
+                s.event += 1;
+                let (id, kept) = (s.event, data.len() as u64);
                 let part = Logged { change: Change::Data(off, data), ..logged.clone() };
+                self.note(|| Event::Submitted { disk: self.id, id, change: part.change.clone() });
+                self.note(|| Event::Completed { disk: self.id, id, kept, durable: false });
                 s.land(part, false);
             }
         }
@@ -171,19 +186,23 @@ impl Disk {
 
     /// It was cancelled, or never started.
     pub(crate) fn forget(&self, id: u64) {
-        self.lock().flying.remove(&id);
+        if self.lock().flying.remove(&id).is_some() {
+            self.note(|| Event::Dropped { disk: self.id, id });
+        }
     }
 
     /// A flush begins; the answer is for [`Disk::flushed`].
     pub(crate) fn flush(&self) -> u64 {
         let mut s = self.lock();
         s.event += 1;
+        self.note(|| Event::FlushSubmitted { disk: self.id, id: s.event });
         s.event
     }
 
     /// The flush submitted at `began` has ended.
     pub(crate) fn flushed(&self, began: u64, ok: bool) {
         let mut s = self.lock();
+        self.note(|| Event::FlushCompleted { disk: self.id, id: began, ok });
         if !ok {
             s.log.iter_mut().for_each(|l| l.doomed = true);
             return;
@@ -409,13 +428,14 @@ type Files = (BTreeMap<PathBuf, i32>, Vec<Arc<Disk>>);
 #[derive(Debug)]
 pub struct Disks {
     align: u32,
+    journal: Option<Arc<Journal>>,
     files: Mutex<Files>,
 }
 
 impl Disks {
-    /// These files, all durable, on a medium with this request alignment.
-    pub fn new(align: u32, images: BTreeMap<PathBuf, Image>) -> Disks {
-        let disks = Disks { align, files: Mutex::default() };
+    /// These files, all durable, on a medium with this request alignment. Everything later goes into the journal.
+    pub fn new(align: u32, images: BTreeMap<PathBuf, Image>, journal: Option<Arc<Journal>>) -> Disks {
+        let disks = Disks { align, journal, files: Mutex::default() };
         for (path, image) in images {
             disks.add(&path, image);
         }
@@ -425,7 +445,7 @@ impl Disks {
     fn add(&self, path: &Path, image: Image) -> Arc<Disk> {
         let mut files = self.files.lock().unwrap_or_else(|e| e.into_inner());
         let id = files.1.len() as i32;
-        let disk = Arc::new(Disk::new(id, self.align, image));
+        let disk = Arc::new(Disk::new(id, self.align, image, self.journal.clone()));
         files.0.insert(path.to_owned(), id);
         files.1.push(disk.clone());
         disk
@@ -446,7 +466,11 @@ impl Disks {
                 disk.finish(id, 0, false);
                 disk
             }
-            Err(_) => self.add(path, Image::default()),
+            Err(_) => {
+                let disk = self.add(path, Image::default());
+                disk.note(|| Event::Created { disk: disk.id, path: path.to_owned() });
+                disk
+            }
         }
     }
 

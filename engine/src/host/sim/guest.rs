@@ -123,7 +123,10 @@ impl Guest {
         let flags = Flags { fua, ..Flags::NONE };
         let (result, _) = root.write(range.start as u64 * SECTOR, buf, flags).await;
         let ok = self.judge("write", result);
-        lock(oracle).wrote(range, stamp, ok);
+        match fua {
+            true => lock(oracle).wrote_through(range, stamp, ok),
+            false => lock(oracle).wrote(range, stamp, ok),
+        }
     }
 
     async fn zero(&self, root: Root, oracle: &Arc<Mutex<Oracle>>, range: Range<usize>, may_unmap: bool) {

@@ -12,14 +12,16 @@
 pub mod disk;
 mod guest;
 mod image;
+mod journal;
 mod kernel;
 mod oracle;
 mod rng;
 mod world;
 
-pub use disk::{Disk, Disks, SECTOR};
+pub use disk::{Change, Disk, Disks, SECTOR};
 pub use guest::{Guest, lock};
 pub use image::Image;
+pub use journal::{Event, Journal};
 pub use oracle::{Oracle, is_injected};
 pub use rng::Rng;
 pub use world::{Setup, World};

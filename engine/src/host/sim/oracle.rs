@@ -10,8 +10,9 @@
 //! another sector or of an older generation is recognised.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use super::SECTOR;
+use super::{Event, Journal, SECTOR};
 use crate::error::Errno;
 
 /// One value a sector may have. Every request has a stamp of its own, whatever it writes.
@@ -34,10 +35,11 @@ pub struct Oracle {
     sectors: Vec<Vec<Candidate>>,
     stamps: u64,
     wild: Range<usize>,
+    journal: Option<Arc<Journal>>,
 }
 
 /// A flush that has begun: the newest certain value of each sector that is not settled.
-pub struct Flush(Vec<(usize, u64)>);
+pub struct Flush(Vec<(usize, u64)>, u64);
 
 impl Oracle {
     /// A disk of zeroes.
@@ -46,6 +48,18 @@ impl Oracle {
             sectors: vec![vec![Candidate { stamp: 0, zero: true, sure: true }]; sectors],
             stamps: 0,
             wild: 0..0,
+            journal: None,
+        }
+    }
+
+    /// Everything that guests ask for from now on, and what they are told, is written down there.
+    pub fn set_journal(&mut self, journal: Option<Arc<Journal>>) {
+        self.journal = journal;
+    }
+
+    fn note(&self, event: Event) {
+        if let Some(journal) = &self.journal {
+            journal.add(event);
         }
     }
 
@@ -87,6 +101,7 @@ impl Oracle {
     fn begin(&mut self, range: Range<usize>, zero: bool) -> u64 {
         self.stamps += 1;
         let stamp = self.stamps;
+        self.note(Event::GuestBegan { stamp, first: range.start, count: range.len(), zero });
         for at in range.filter(|at| !self.wild.contains(at)) {
             self.sectors[at].push(Candidate { stamp, zero, sure: false });
         }
@@ -95,6 +110,22 @@ impl Oracle {
 
     /// A write has ended. After a failed one, or a discard, the old value may still be there.
     pub fn wrote(&mut self, range: Range<usize>, stamp: u64, sure: bool) {
+        self.note(Event::GuestEnded { stamp, sure, durable: false });
+        self.ended(range, stamp, sure);
+    }
+
+    /// A write that is durable when it ends has ended.
+    pub fn wrote_through(&mut self, range: Range<usize>, stamp: u64, sure: bool) {
+        self.note(Event::GuestEnded { stamp, sure, durable: sure });
+        self.ended(range.clone(), stamp, sure);
+        for s in &mut self.sectors[range] {
+            if let Some(at) = s.iter().rposition(|c| c.stamp == stamp && c.sure) {
+                s.drain(..at);
+            }
+        }
+    }
+
+    fn ended(&mut self, range: Range<usize>, stamp: u64, sure: bool) {
         for s in &mut self.sectors[range] {
             if let Some(c) = s.iter_mut().rev().find(|c| c.stamp == stamp) {
                 c.sure = sure;
@@ -103,13 +134,17 @@ impl Oracle {
     }
 
     /// A flush begins.
-    pub fn flush(&self) -> Flush {
+    pub fn flush(&mut self) -> Flush {
+        self.stamps += 1;
+        self.note(Event::GuestFlushBegan { id: self.stamps });
         let open = self.sectors.iter().enumerate().filter(|(_, s)| s.len() > 1);
-        Flush(open.filter_map(|(i, s)| Some((i, s.iter().rev().find(|c| c.sure)?.stamp))).collect())
+        let newest = open.filter_map(|(i, s)| Some((i, s.iter().rev().find(|c| c.sure)?.stamp)));
+        Flush(newest.collect(), self.stamps)
     }
 
     /// A flush has succeeded. One that failed settles nothing.
     pub fn flushed(&mut self, flush: Flush) {
+        self.note(Event::GuestFlushed { id: flush.1 });
         for (i, stamp) in flush.0 {
             let s = &mut self.sectors[i];
             if let Some(at) = s.iter().rposition(|c| c.stamp == stamp && c.sure) {

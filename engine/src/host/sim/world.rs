@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use super::kernel::{Kernel, SimRing};
-use super::{Disks, Faults, Image, Rng};
+use super::{Disks, Faults, Image, Journal, Rng};
 use crate::core::Core;
 use crate::driver::LocalFuture;
 use crate::engine::{Engine, EngineShared};
@@ -42,12 +42,15 @@ pub struct Setup {
     pub faults: Faults,
     /// Files that exist, all of it durable.
     pub files: BTreeMap<PathBuf, Image>,
+    /// Where everything that happens to the disks is written down.
+    pub journal: Option<Arc<Journal>>,
 }
 
 impl Setup {
     /// A world without faults and files.
     pub fn new(seed: u64, cores: usize) -> Setup {
-        Setup { seed, cores, align: 1, faults: Faults::default(), files: BTreeMap::new() }
+        let files = BTreeMap::new();
+        Setup { seed, cores, align: 1, faults: Faults::default(), files, journal: None }
     }
 
     /// With this file.
@@ -70,7 +73,7 @@ impl World {
     /// Starts an engine in a new world.
     pub fn new(setup: Setup) -> World {
         let cores = setup.cores.max(1);
-        let disks = Arc::new(Disks::new(setup.align, setup.files));
+        let disks = Arc::new(Disks::new(setup.align, setup.files, setup.journal));
         let kernel = Kernel::new(Rng::new(setup.seed), cores, disks.clone(), setup.faults);
         let clock = Clock::Sim(kernel.time.clone());
         let kernel = Rc::new(RefCell::new(kernel));
