@@ -36,6 +36,8 @@ mod inbox;
 #[cfg(not(loom))]
 pub mod mem;
 #[cfg(not(loom))]
+pub mod mutants;
+#[cfg(not(loom))]
 pub mod net;
 #[cfg(not(loom))]
 pub mod path;

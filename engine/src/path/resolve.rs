@@ -16,6 +16,7 @@ use crate::driver::{Access, Extents, Kind, Leaf, Lookup, Target};
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeId, NodeView, View};
 use crate::mem::Buf;
+use crate::mutant;
 use crate::ring::{Seg, Segs};
 
 /// Depth of a chain of nodes; opening refuses longer ones.
@@ -96,7 +97,9 @@ impl Plan {
                 let write = access == Access::Write;
                 if (range.start | len) & align != 0
                     || pos & memory != 0
-                    || write && (node.serial.is_active() || node.flags.detect_zeroes != DetectZeroes::Off)
+                    || write
+                        && (node.serial.is_active() && !mutant!("serial-wait")
+                            || node.flags.detect_zeroes != DetectZeroes::Off)
                 {
                     return Err(slow);
                 }

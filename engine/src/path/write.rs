@@ -14,6 +14,7 @@ use crate::driver::{Access, Flags, Grant, Kind, Leaf, LocalFuture, Op, Request};
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeId};
 use crate::mem::Buf;
+use crate::mutant;
 use crate::ring::{self, Dir};
 use crate::timer::Sleep;
 
@@ -40,7 +41,7 @@ pub(crate) fn write_node(
             true => write_compressed(&core, node, off, buf).await,
             false => write_all(&core, node, off, buf).await,
         };
-        if result.is_ok() && flags.fua {
+        if result.is_ok() && flags.fua && !mutant!("fua-flushes") {
             return (flush_node(node).await, buf);
         }
         (result, buf)
@@ -77,7 +78,8 @@ pub(crate) async fn write_fast(
     if plan.add(&core.view.borrow(), Access::Write, node, off..off + buf.len() as u64).is_err() {
         return Err(buf);
     }
-    Ok(ring::transfer(Dir::Write { dsync }, buf, plan.segs, Some(pin)).await)
+    let pin = Some(pin).filter(|_| !mutant!("pin-writes"));
+    Ok(ring::transfer(Dir::Write { dsync }, buf, plan.segs, pin).await)
 }
 
 async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result<(), Errno>, Buf) {
@@ -161,7 +163,11 @@ async fn write_claimed(
     };
     debug_assert!(grant.guest.start == start && grant.guest.end > start);
     let n = (grant.guest.end - grant.guest.start) as usize;
-    let (result, buf) = fill_grant(core, node, &grant, buf, done).await;
+    let late = mutant!("publish-after-data").then(|| grant.clone());
+    let (result, mut buf) = match late {
+        Some(_) => (Ok(()), buf),
+        None => fill_grant(core, node, &grant, buf, done).await,
+    };
     let publish = on_owner(core, home, node, move |owner| {
         Box::pin(async move {
             match result {
@@ -173,7 +179,11 @@ async fn write_claimed(
             }
         })
     });
-    (publish.await.map(|()| n), buf)
+    let result = publish.await.map(|()| n);
+    if let Some(grant) = late {
+        buf = fill_grant(core, node, &grant, buf, done).await.1;
+    }
+    (result, buf)
 }
 
 /// Writes head, guest data and tail into a grant's host space.
@@ -302,7 +312,7 @@ async fn leaf_write(core: &Core, node: NodeId, off: u64, data: &[u8]) -> Result<
     let _ticket = view.serial.take(start..stop).await;
     // a failed read fails the write: what it would have preserved is unknown
     let (result, mut block) = leaf_read(core, node, off, data.len(), core.pin()).await;
-    let skip = result?;
+    let skip = if mutant!("rmw-read-error") { (off - start) as usize } else { result? };
     block[skip..skip + data.len()].copy_from_slice(data);
     file.write(start, block, false).await.0
 }

@@ -15,6 +15,7 @@ use std::rc::Rc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::units::HostOffset;
 
 use super::geometry::{HOST_OFFSET_LIMIT, HostCluster, ReftableIndex};
@@ -49,7 +50,7 @@ pub(super) struct Run {
 impl Alloc {
     /// For a file that ends in cluster `end` (exclusive).
     pub(super) fn new(end: u64) -> Alloc {
-        Alloc { run: 0..0, hint: 0, fresh: end }
+        Alloc { run: 0..0, hint: 0, fresh: if mutant!("fresh-behind-end") { 0 } else { end } }
     }
 
     fn take(&mut self, want: u64) -> Option<Run> {
@@ -60,7 +61,9 @@ impl Alloc {
         }
         self.run.start += count;
         let fresh = first >= self.fresh;
-        self.fresh = self.fresh.max(first + count);
+        if !mutant!("fresh-moves-on") {
+            self.fresh = self.fresh.max(first + count);
+        }
         Some(Run { first: HostCluster(first), count, fresh })
     }
 
@@ -119,7 +122,7 @@ impl Image {
             if let Some(c) = (first.0..first.0 + count).find(|&c| self.is_metadata(HostCluster(c))) {
                 return Err(self.overlap(HostCluster(c)));
             }
-            for c in first.0..first.0 + count {
+            for c in (first.0..first.0 + count).filter(|_| !mutant!("reserve-counts")) {
                 self.refcounts.set(turn, HostCluster(c), 1).await?;
             }
             let mut alloc = self.alloc.borrow_mut();
@@ -173,16 +176,24 @@ impl Image {
         }
         self.refcounts.grow_table(clusters);
         let table_at = self.place_table(turn, first, clusters).await?;
-        self.refcounts.write_dirty(turn).await?;
+        if !mutant!("grown-table-counters") {
+            self.refcounts.write_dirty(turn).await?;
+        }
         let bytes = self.refcounts.table.encode_all((clusters * g.cluster_size()) as usize);
         self.file.write(g.host_offset(table_at).0, bytes).await?;
-        self.barrier().await?;
+        if !mutant!("grown-table-barrier") {
+            self.barrier().await?;
+        }
         {
             let mut h = self.header.borrow_mut();
             h.reftable_offset = g.host_offset(table_at);
             h.reftable_clusters = clusters as u32;
         }
-        if let Err(e) = self.write_header_durable().await {
+        let written = match mutant!("grown-table-header") {
+            true => self.write_header().await,
+            false => self.write_header_durable().await,
+        };
+        if let Err(e) = written {
             return Err(self.set_poison(e));
         }
         self.refcounts.table.set_clean();

@@ -10,6 +10,7 @@
 //! ```
 
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::{Errno, Error};
 
 use super::bytes::{be16, be32, be64, put32};
@@ -73,9 +74,11 @@ pub(super) async fn mark_in_use(file: &dyn Store, ext: &BitmapsExtension) -> Res
         changed = true;
     }
     let io = |e: Errno| Error::io(e, "Failed to update bitmap directory");
-    if changed {
+    if changed && !mutant!("bitmaps-in-use") {
         file.write(ext.directory_offset.0, bytes).await.map_err(io)?;
-        file.flush().await.map_err(io)?;
+        if !mutant!("bitmaps-in-use-barrier") {
+            file.flush().await.map_err(io)?;
+        }
     }
     Ok(())
 }

@@ -16,6 +16,7 @@ use std::rc::Rc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::driver::{Grant, GrantSeg};
+use ringblock_engine::mutant;
 use ringblock_engine::units::{GuestOffset, HostOffset};
 use smallvec::smallvec;
 
@@ -227,6 +228,8 @@ impl Image {
         let sub_tail = guest.end.next_multiple_of(g.subcluster_size()) - guest.end;
         let tail =
             self.padding(&last, fresh, guest.end.next_multiple_of(g.cluster_size()) - guest.end, sub_tail);
+        let head = if mutant!("copy-head") { 0 } else { head };
+        let tail = if mutant!("copy-tail") { 0 } else { tail };
         Ok((self.make(guest, head, tail, first, host), Kind::New, count, host))
     }
 
@@ -239,7 +242,7 @@ impl Image {
         };
         match old {
             // Space that was never used reads as zeros already.
-            _ if fresh && reads_zero => 0,
+            _ if (fresh || mutant!("zero-fill")) && reads_zero => 0,
             // Subclusters that are not written stay as they are.
             L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Sub { host: None, .. } => sub,
             _ => whole,
@@ -377,7 +380,7 @@ impl Image {
 
     /// Makes sure that the L2 table below an L1 entry exists and belongs to the active image alone.
     pub(super) async fn own_table(self: &Rc<Self>, i: L1Index) -> Result<(), Errno> {
-        if self.l1.get(i) & COPIED != 0 {
+        if self.l1.get(i) & COPIED != 0 || self.l1.get(i) != 0 && mutant!("own-table") {
             return Ok(());
         }
         let _turn = self.tables_turn.lock().await;
@@ -405,6 +408,9 @@ impl Image {
     /// The first content of a new L2 table, written whole before anything names it (rule 3): zeros, or the old table.
     async fn fill_table(self: &Rc<Self>, at: HostOffset, old: HostOffset) -> Result<(), Errno> {
         let g = self.geometry;
+        if mutant!("new-table-content") {
+            return Ok(());
+        }
         if old.0 == 0 {
             return self.write_zeros(at, g.cluster_size()).await;
         }

@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::driver::Punch;
+use ringblock_engine::mutant;
 use ringblock_engine::units::GuestOffset;
 
 use super::entry::L2Entry;
@@ -70,7 +71,8 @@ impl Image {
         let g = self.geometry;
         let first = g.guest_cluster(GuestOffset(bytes.start));
         let end = GuestCluster(g.guest_cluster(GuestOffset(bytes.end - 1)).0 + 1);
-        let _ticket = self.claims.lock(first..end).await;
+        let held = if mutant!("punch-claims") { end..end } else { first..end };
+        let _ticket = self.claims.lock(held).await;
         let slice = g.slice(first);
         self.fault(slice).await?;
         if self.shared.place(slice) == Place::Empty && !self.something_below() {

@@ -9,6 +9,8 @@
 
 use std::rc::Rc;
 
+use ringblock_engine::mutant;
+
 use super::geometry::HostCluster;
 use super::owner::Image;
 
@@ -34,7 +36,8 @@ fn add(list: &mut Vec<Freed>, first: HostCluster, count: u64) {
 impl Limbo {
     /// The entry that named these clusters was changed in memory.
     pub(super) fn unlinked(&mut self, first: HostCluster, count: u64) {
-        add(&mut self.pending, first, count);
+        let list = if mutant!("limbo-durable") { &mut self.durable } else { &mut self.pending };
+        add(list, first, count);
     }
 
     /// No table on disk names these clusters.
@@ -91,7 +94,9 @@ impl Image {
             if batch.is_empty() || self.poisoned().is_err() {
                 break;
             }
-            self.runtime.tick().await;
+            if !mutant!("limbo-tick") {
+                self.runtime.tick().await;
+            }
             for (first, count) in batch {
                 self.free_run(HostCluster(first), count).await;
             }
@@ -116,8 +121,11 @@ impl Image {
         let turn = self.refcounts.lock().await;
         match self.refcounts.release(&turn, first, count).await {
             Ok(free) => {
-                if self.packing_in.get().is_some_and(|c| free.contains(&c)) {
+                if self.packing_in.get().is_some_and(|c| free.contains(&c)) && !mutant!("packing-ends") {
                     self.packing_in.set(None);
+                }
+                if mutant!("discard-under-lock") {
+                    drop(turn);
                 }
                 if self.options.pass_discard {
                     self.discard_free(&free).await;

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering, fe
 
 use ringblock_engine::Errno;
 use ringblock_engine::driver::{Access, ChildIx, Extents, Lookup, Map, Target};
+use ringblock_engine::mutant;
 use ringblock_engine::units::GuestOffset;
 
 use super::entry::{Allocation, EntryFormat, L2Entry, RawEntry};
@@ -298,7 +299,7 @@ impl Shared {
     fn step_write(&self, entry: L2Entry, at: u64, len: u64, out: &mut Extents) -> Step {
         let skip = self.format.geometry.in_cluster(GuestOffset(at));
         match entry {
-            L2Entry::Data(Allocation { host, copied: true }) => {
+            L2Entry::Data(Allocation { host, copied }) if copied || mutant!("in-place-copied") => {
                 let target = Target::Data { child: self.data_child, off: host.0 + skip };
                 if out.push(len, target) { Step::Taken } else { Step::Full }
             }

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use ringblock_engine::driver::{Driver, LocalFuture, OpenFn, Opened, Owner, Role};
 use ringblock_engine::graph::{ChildSpec, OpenCx};
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::path::Child;
 use ringblock_engine::units::HostOffset;
 use ringblock_engine::{Errno, Error};
@@ -50,7 +51,7 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     let mut header = read_header(&file).await?;
     if !check {
         refuse_unusable(&header, read_only)?;
-        if !read_only && header.has(incompatible::DIRTY) {
+        if !read_only && header.has(incompatible::DIRTY) && !mutant!("dirty-repaired") {
             check::run(&file, Repair::All).await.map_err(|e| e.context("Could not repair dirty image"))?;
             header = read_header(&file).await?;
         }
@@ -178,7 +179,7 @@ pub(super) async fn read_snapshots(file: &dyn Store, header: &Header) -> Result<
 /// that it does not keep are marked as in use, so that nobody trusts them afterwards.
 async fn prepare_for_writing(file: &dyn Store, header: &mut Header) -> Result<(), Error> {
     let io = |e: Errno| Error::io(e, "Could not update qcow2 header");
-    if header.autoclear & !autoclear::KNOWN != 0 {
+    if header.autoclear & !autoclear::KNOWN != 0 && !mutant!("autoclear-first") {
         header.autoclear &= autoclear::KNOWN;
         let bytes = header.serialise()?;
         let mut buf = Buf::zeroed(bytes.len().next_multiple_of(512));

@@ -17,6 +17,7 @@ use std::rc::Rc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::sync::{Guard, Mutex};
 use ringblock_engine::units::HostOffset;
 
@@ -99,7 +100,9 @@ impl Refcounts {
         while self.blocks.borrow().len() >= self.limit {
             let oldest = self.blocks.borrow().iter().min_by_key(|(_, b)| b.stamp).map(|(&i, _)| i);
             let Some(i) = oldest else { return Ok(()) };
-            self.write_block(turn, i).await?;
+            if !mutant!("evicted-block") {
+                self.write_block(turn, i).await?;
+            }
             self.blocks.borrow_mut().remove(&i);
         }
         Ok(())
@@ -241,7 +244,9 @@ impl Refcounts {
         if g.reftable_index(at) == i && !refcount::set(&mut bytes, g.refcount_order, g.in_block(at), 1) {
             return Err(Errno::EIO);
         }
-        self.file.write(g.host_offset(at).0, Buf::from_slice(&bytes)).await?;
+        if !mutant!("new-block-content") {
+            self.file.write(g.host_offset(at).0, Buf::from_slice(&bytes)).await?;
+        }
         let stamp = self.clock.get();
         self.blocks.borrow_mut().insert(i, Block { bytes, dirty: BTreeSet::new(), stamp });
         // Content first, then the entry: both before any L2 entry that relies on them (rule 2).

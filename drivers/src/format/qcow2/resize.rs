@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use ringblock_engine::driver::{Access, Extent, Extents, Lookup, Map, Preallocation, Punch, Target};
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::units::{GuestOffset, HostOffset};
 use ringblock_engine::{Errno, Error};
 
@@ -119,7 +120,9 @@ impl Image {
         let g = self.geometry;
         self.file.write(g.host_offset(at).0, bytes).await?;
         // The counters of the new place have to be durable too (rule 1).
-        self.write_back().await?;
+        if !mutant!("moved-l1-barrier") {
+            self.write_back().await?;
+        }
         let before = {
             let mut h = self.header.borrow_mut();
             let before = (h.l1_offset, h.l1_size);
@@ -204,7 +207,11 @@ impl Image {
         let g = self.geometry;
         let from = old.next_multiple_of(g.subcluster_size());
         let to = below.size()?.next_multiple_of(g.subcluster_size()).min(size);
-        if from < to { self.punch(from..to, Punch::Zero { unmap: true }).await } else { Ok(()) }
+        if from < to && !mutant!("below-hidden") {
+            self.punch(from..to, Punch::Zero { unmap: true }).await
+        } else {
+            Ok(())
+        }
     }
 
     /// Zeros the part of a cluster behind the old end of the disk.
@@ -222,7 +229,7 @@ impl Image {
         let store = self.data_store();
         let len = g.cluster_size() - skip;
         let len = len.min(store.size()?.saturating_sub(at.0));
-        if len == 0 {
+        if len == 0 || mutant!("tail-cleared") {
             return Ok(());
         }
         store.write(at.0, Buf::zeroed(len as usize)).await

@@ -22,6 +22,7 @@ use std::task::Poll;
 use ringblock_engine::Errno;
 use ringblock_engine::driver::LocalFuture;
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::sync::Event;
 
 use super::entry::OFFSET_MASK;
@@ -86,7 +87,7 @@ impl Image {
     /// Waits for a group that starts after this call; starts it where none runs.
     pub(super) async fn write_back(self: &Rc<Self>) -> Result<(), Errno> {
         let group = &self.group;
-        let need = group.started.get() + 1;
+        let need = group.started.get() + u64::from(!mutant!("flush-own-group"));
         loop {
             if group.started.get() >= need && !group.running.get() {
                 return group.last.get().map_or(Ok(()), Err);
@@ -116,9 +117,9 @@ impl Image {
         let result = self.write_group(&copies).await;
         let Copies { slices, l1, freed } = copies;
         for s in &slices {
-            self.frames.written(s.frame, result.is_ok());
+            self.frames.written(s.frame, result.is_ok() || mutant!("failed-slices-dirty"));
         }
-        if result.is_ok() {
+        if result.is_ok() || mutant!("failed-unlinks-wait") {
             self.limbo.borrow_mut().settle(freed);
         } else {
             *self.group.errors.borrow_mut() += 1;
@@ -145,17 +146,21 @@ impl Image {
 
     async fn write_group(self: &Rc<Self>, copies: &Copies) -> Result<(), Errno> {
         // First barrier: data, refcounts, and the first content of new tables (written when they were made).
-        if let Some(data) = &self.data {
+        if let Some(data) = self.data.as_ref().filter(|_| !mutant!("data-file-flush")) {
             data.flush().await.map_err(|e| self.set_poison(e))?;
         }
         let turn = self.refcounts.lock().await;
-        self.refcounts.write_dirty(&turn).await?;
+        if !mutant!("counters-first") {
+            self.refcounts.write_dirty(&turn).await?;
+        }
         if self.refcounts.table.is_dirty() {
             // The table may not move or change while pieces of it are on their way: the turn is kept.
             self.write_reftable().await?;
         } else {
             drop(turn);
-            self.barrier().await?;
+            if !mutant!("flush-before-pointers") {
+                self.barrier().await?;
+            }
         }
         self.write_pointers(copies).await
     }
@@ -171,10 +176,12 @@ impl Image {
     }
 
     async fn write_reftable_pieces(&self, pieces: &[Piece]) -> Result<(), Errno> {
-        self.barrier().await?;
+        if !mutant!("flush-before-reftable") {
+            self.barrier().await?;
+        }
         let at = self.header.borrow().reftable_offset.0;
         self.write_all(pieces.iter().map(|p| (at + p.offset, Buf::from_slice(&p.bytes))).collect()).await?;
-        self.barrier().await
+        if mutant!("flush-after-reftable") { Ok(()) } else { self.barrier().await }
     }
 
     /// L2 slices and L1 pieces, which may name what is durable now.
@@ -186,7 +193,7 @@ impl Image {
         let at = self.header.borrow().l1_offset.0;
         writes.extend(copies.l1.iter().map(|p| (at + p.offset, Buf::from_slice(&p.bytes))));
         self.write_all(writes).await?;
-        self.barrier().await
+        if mutant!("flush-after-pointers") { Ok(()) } else { self.barrier().await }
     }
 
     /// Writes of slices, neighbours together.
@@ -241,7 +248,7 @@ impl Image {
         }
         self.poisoned()?;
         debug_assert!(self.idle(), "closed with claims in force");
-        self.group.unsynced.set(true);
+        self.group.unsynced.set(!mutant!("close-flushes"));
         while self.is_dirty() || self.group.unsynced.replace(false) {
             self.write_back().await?;
             self.reap_all().await;
