@@ -60,6 +60,13 @@ pub const MUTANTS: &[(&str, &str)] = &[
     ("bitmaps-in-use-barrier", "rule 8: durably so"),
     ("autoclear-first", "unknown autoclear bits are cleared before the first write"),
     ("dirty-repaired", "rule 7: a dirty image is repaired before it is written"),
+    // repair
+    (
+        "rebuild-behind-references",
+        "rule 7: new structures lie behind the highest reference, not the end of the file",
+    ),
+    ("rebuild-barrier", "rule 2: rebuilt counters are durable before the header names them"),
+    ("repair-barrier", "rule 7: counters are right, durably, before the dirty bit goes"),
     // the engine
     ("pin-reads", "I3: a read keeps its clusters from being reused"),
     ("pin-writes", "I3: a write in place keeps its clusters from being reused"),

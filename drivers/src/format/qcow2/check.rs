@@ -108,9 +108,13 @@ pub(super) struct Check<'a> {
     pub(super) reftable: Vec<u64>,
     /// The refcounts as they are stored.
     pub(super) stored: Vec<u64>,
-    /// A cluster in use has no refcount at all.
+    /// A cluster in use has no refcount at all, or the refcount structure itself is damaged: it has to be built anew.
     pub(super) missing: bool,
-    /// Snapshots could not be read: what only they use looks like leaks.
+    /// First cluster behind everything referenced below `reach`.
+    pub(super) highest: u64,
+    /// No writer in its senses appends further than this before it flushes, in clusters.
+    reach: u64,
+    /// A table could not be read: what only it uses looks like leaks.
     unknown: bool,
 }
 
@@ -123,7 +127,7 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     }
     if first.unknown {
         first.report.check_errors += 1;
-        first.report.say("ERROR snapshots could not be read: nothing is repaired".to_owned());
+        first.report.say("ERROR a table could not be read: nothing is repaired".to_owned());
         return Ok(first.report);
     }
     if fix == Repair::Leaks && first.missing {
@@ -131,12 +135,18 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
         first.report.needs_rebuild = true;
         return Ok(first.report);
     }
+    let before = first.header.incompatible;
     let (leaks, corruptions) = (first.report.leaks, first.report.corruptions);
     let mut messages = std::mem::take(&mut first.report.messages);
-    let flags = repair::run(first, fix, &mut messages).await?;
+    if fix == Repair::All && repair::lengthen(&first, &mut messages).await? {
+        first = Check::walk(file).await?;
+    }
+    let flags = repair::run(&mut first, fix, &mut messages).await?;
     let mut second = Check::walk(file).await?;
     second.compare_copied().await?;
     let mut again = second.report;
+    let sound = again.corruptions == 0 && again.check_errors == 0;
+    repair::finish(file, second.header, before, fix, sound).await?;
     again.leaks_fixed = leaks.saturating_sub(again.leaks);
     again.corruptions_fixed = (corruptions + flags).saturating_sub(again.corruptions);
     messages.append(&mut again.messages);
@@ -168,9 +178,12 @@ impl<'a> Check<'a> {
             reftable,
             stored: Vec::new(),
             missing: false,
+            highest: 0,
+            reach: 0,
             unknown: false,
         };
         check.report.total_clusters = g.clusters_for(check.header.size);
+        check.reach = clusters as u64 + repair::longer_max(&g, check.header.size);
         check.count_all().await?;
         check.compare().await?;
         Ok(check)
@@ -218,6 +231,10 @@ impl<'a> Check<'a> {
             return;
         }
         let end = at.saturating_add(len);
+        let last = ((end - 1) >> self.g.cluster_bits) + 1;
+        if last <= self.reach {
+            self.highest = self.highest.max(last);
+        }
         if end.saturating_sub(self.file_size) >= self.g.cluster_size() {
             self.report.corruptions += 1;
             self.report.say(format!(
@@ -246,6 +263,7 @@ impl<'a> Check<'a> {
                 self.report.corrupt(format!(
                     "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
                 ));
+                self.unknown = true;
                 continue;
             }
             self.count(l2, self.g.cluster_size());
@@ -305,8 +323,17 @@ impl<'a> Check<'a> {
             BadEntry::ZeroInV2 => format!("offset={at:x}: zero flag in a version 2 image"),
         };
         self.report.corrupt(text);
-        if bad == BadEntry::SubclusterBitmap && !self.format.external_data && at != 0 {
-            self.count(at, self.g.cluster_size());
+        // Whatever it holds is not to be given away.
+        match bad {
+            BadEntry::CompressedCopied => {
+                if let Ok(L2Entry::Compressed(p)) = self.format.decode((raw.word & !COPIED).into()) {
+                    self.count(p.at.0, p.len);
+                }
+            }
+            BadEntry::SubclusterBitmap | BadEntry::ZeroInV2 if !self.format.external_data && at != 0 => {
+                self.count(at, self.g.cluster_size());
+            }
+            _ => {}
         }
     }
 
@@ -345,6 +372,7 @@ impl<'a> Check<'a> {
             Ok((_, list)) => list,
             Err(e) => {
                 self.report.corrupt(e.message);
+                self.unknown = true;
                 return Ok(());
             }
         };
@@ -391,7 +419,13 @@ impl<'a> Check<'a> {
             } else {
                 self.count(at, self.g.cluster_size());
             }
+            // Named by nothing: its range has no counters, and the table has to lose the entry.
+            self.missing |= self.reftable[i] == 0;
         }
+        let shared =
+            |&at: &u64| self.refs.0.get((at >> self.g.cluster_bits) as usize).is_some_and(|&n| n > 1);
+        // A block that is something else as well cannot be written without changing that.
+        self.missing |= self.reftable.iter().filter(|&&at| at != 0).any(shared);
     }
 
     /// The refcount block `i`, if it can be read.

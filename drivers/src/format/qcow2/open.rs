@@ -52,7 +52,7 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     if !check {
         refuse_unusable(&header, read_only)?;
         if !read_only && header.has(incompatible::DIRTY) && !mutant!("dirty-repaired") {
-            check::run(&file, Repair::All).await.map_err(|e| e.context("Could not repair dirty image"))?;
+            repair_dirty(&file).await.map_err(|e| e.context("Could not repair dirty image"))?;
             header = read_header(&file).await?;
         }
     }
@@ -101,6 +101,16 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
         Rc::new(Qcow2Owner(Image::new(parts, files, Rc::new(EngineRuntime(name)))))
     };
     Ok(Opened { driver: Arc::new(driver) as Arc<dyn Driver>, owner: Some(Box::new(owner)) })
+}
+
+/// What a crash left half done is put right before the first write. An image that stays damaged is not written to: its
+/// counters cannot be trusted.
+async fn repair_dirty(file: &dyn Store) -> Result<(), Error> {
+    let report = check::run(file, Repair::All).await?;
+    match report.corruptions + report.check_errors {
+        0 => Ok(()),
+        n => Err(Error::io(Errno::EIO, format!("{n} errors remain"))),
+    }
 }
 
 /// Refuses a table that reaches past the end of the file.

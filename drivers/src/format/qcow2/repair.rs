@@ -1,41 +1,99 @@
 //! Repairing an image: refcounts that agree with the references, COPIED flags that agree with the refcounts.
 //!
-//! Invariants: nothing that is referenced is overwritten; new structures go behind the end of the file and of everything
-//! referenced; they are durable before the header names them; a repair that is interrupted can be repeated.
+//! Invariants: nothing that is referenced is overwritten, except flags in tables and counters in blocks; new structures go
+//! behind the end of the file *and* of everything referenced, and are durable before the header names them; at every
+//! moment of a repair a power cut leaves an image whose guest data is the same, that is no worse than before, and that
+//! can be repaired again. Version 3 has the dirty bit for that: whoever opens a half-repaired image repairs it first
+//! (rule 7 of the crash contract). Version 2 has the order of things alone: flags that promise too much go first, flags
+//! that promise more come last, and a counter is never below what it was unless it was too high.
 //!
 //! ```text
-//! all clusters have a counter:  lower (and raise) them in place ─► flush ┐
-//! otherwise:  new blocks + table behind the end ─► flush ─► header ─► flush ┴─► COPIED flags ─► dirty, corrupt off
+//! references behind the end (a lost length) ─► the file is made longer ─► counted again
+//! dirty bit on ─► COPIED off where it must be ─► counters ─► COPIED on where it may be ─► flush ─► header as it should be
+//!                                                   ├ all clusters have a counter: in place
+//!                                                   └ otherwise: new blocks + table behind everything ─► flush ─► header
 //! ```
 
 use ringblock_engine::mem::Buf;
+use ringblock_engine::mutant;
 use ringblock_engine::units::HostOffset;
 use ringblock_engine::{Errno, Error};
 
 use super::check::{Check, MESSAGES_MAX, Repair, copied_matters};
 use super::entry::{COPIED, OFFSET_MASK};
-use super::geometry::{HostCluster, InBlock, MAX_REFTABLE_BYTES};
-use super::header::incompatible;
+use super::geometry::{Geometry, HostCluster, InBlock, MAX_REFTABLE_BYTES};
+use super::header::{Header, incompatible};
 use super::io::Store;
 use super::refcount;
 
-/// Repairs what the check found, tells what was done, and returns the number of COPIED flags put right.
-pub(super) async fn run(mut check: Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
-    let report = &check.report;
+/// Clusters by which a repair makes a file longer, at most: what a writer may have appended since its last flush.
+const LONGER_MAX: u64 = 1 << 22;
+
+/// How many clusters behind the end of the file a reference is believed.
+pub(super) fn longer_max(g: &Geometry, size: u64) -> u64 {
+    let disk = g.clusters_for(size);
+    LONGER_MAX.min(disk.saturating_add(disk / 8).saturating_add((64 << 20) / g.cluster_size()))
+}
+
+/// Makes the file reach as far as everything that is referenced: its length was lost, and what is there reads as zeros.
+/// True if something has changed, and the image has to be looked at again.
+pub(super) async fn lengthen(check: &Check<'_>, said: &mut Vec<String>) -> Result<bool, Error> {
+    let g = check.g;
+    let have = check.refs.0.len() as u64;
+    if check.highest <= have || mutant!("rebuild-behind-references") {
+        return Ok(false);
+    }
+    let end = check.highest << g.cluster_bits;
+    tell(said, || format!("Extending the file to {end} bytes: clusters behind its end are in use"));
+    check.file.truncate(end).await.map_err(|e| Error::io(e, "Could not extend the image file"))?;
+    flush(check.file).await?;
+    Ok(true)
+}
+
+/// Repairs what the check found, tells what was done, and returns the number of COPIED flags put right. The header is left
+/// as a repair on its way has it: [`finish`] ends it.
+pub(super) async fn run(check: &mut Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
+    let (clear, set) = flags(check, fix, Pass::Count, said).await?;
+    let corrupt = fix == Repair::All && check.report.corruptions > 0;
+    if (corrupt || clear + set > 0) && !check.header.has(incompatible::DIRTY) && check.header.version >= 3 {
+        check.header.incompatible |= incompatible::DIRTY;
+        write_header(check.file, &check.header).await?;
+    }
+    if clear > 0 {
+        flags(check, fix, Pass::Clear, said).await?;
+        flush(check.file).await?;
+    }
     if fix == Repair::All && check.missing {
         said.push("Rebuilding refcount structure".to_owned());
-        rebuild(&mut check, said).await?;
-    } else if report.leaks > 0 || report.corruptions > 0 {
-        adjust(&check, fix, said).await?;
+        rebuild(check, said).await?;
+    } else if check.report.leaks > 0 || check.report.corruptions > 0 {
+        adjust(check, fix, said).await?;
     }
-    let flags = set_copied(&check, fix, said).await?;
-    let bits = incompatible::DIRTY | incompatible::CORRUPT;
-    if fix == Repair::All && check.header.incompatible & bits != 0 {
-        check.header.incompatible &= !bits;
+    if set > 0 {
+        flags(check, fix, Pass::Set, said).await?;
         flush(check.file).await?;
-        write_header(&check).await?;
     }
-    Ok(flags)
+    Ok(clear + set)
+}
+
+/// Ends a repair: the dirty and corrupt bits as they were, or gone if nothing is wrong any more.
+pub(super) async fn finish(
+    file: &dyn Store,
+    mut header: Header,
+    before: u64,
+    fix: Repair,
+    sound: bool,
+) -> Result<(), Error> {
+    let bits = incompatible::DIRTY | incompatible::CORRUPT;
+    let now = if fix == Repair::All && sound { before & !bits } else { before };
+    if header.incompatible == now {
+        return Ok(());
+    }
+    if !mutant!("repair-barrier") {
+        flush(file).await?;
+    }
+    header.incompatible = now;
+    write_header(file, &header).await
 }
 
 async fn flush(file: &dyn Store) -> Result<(), Error> {
@@ -46,12 +104,13 @@ async fn write(file: &dyn Store, at: u64, bytes: Buf) -> Result<(), Error> {
     file.write(at, bytes).await.map_err(|e| Error::io(e, "Could not write to the image"))
 }
 
-async fn write_header(check: &Check<'_>) -> Result<(), Error> {
-    let bytes = check.header.serialise()?;
+/// Writes the header, durably. What changes lies in its first sector.
+async fn write_header(file: &dyn Store, header: &Header) -> Result<(), Error> {
+    let bytes = header.serialise()?;
     let mut buf = Buf::zeroed(bytes.len().next_multiple_of(512));
     buf[..bytes.len()].copy_from_slice(&bytes);
-    write(check.file, 0, buf).await?;
-    flush(check.file).await
+    write(file, 0, buf).await?;
+    flush(file).await
 }
 
 /// Lowers counters that are too high; with [`Repair::All`] raises those that are too low.
@@ -66,12 +125,9 @@ async fn adjust(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Resul
                 (u64::from(check.refs.0[c]), refcount::get(&block, check.g.refcount_order, at));
             if have.is_some_and(|n| n > want || (n < want && fix == Repair::All)) {
                 changed |= refcount::set(&mut block, check.g.refcount_order, at, want);
-                if said.len() < MESSAGES_MAX {
-                    said.push(format!(
-                        "Repairing cluster {c} refcount={} reference={want}",
-                        have.unwrap_or(0)
-                    ));
-                }
+                tell(said, || {
+                    format!("Repairing cluster {c} refcount={} reference={want}", have.unwrap_or(0))
+                });
             }
         }
         if changed {
@@ -133,10 +189,12 @@ async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Er
         super::bytes::put64(&mut entries, b as usize * 8, at);
     }
     write(check.file, table_at << g.cluster_bits, entries).await?;
-    flush(check.file).await?;
+    if !mutant!("rebuild-barrier") {
+        flush(check.file).await?;
+    }
     check.header.reftable_offset = HostOffset(table_at << g.cluster_bits);
     check.header.reftable_clusters = table as u32;
-    write_header(check).await
+    write_header(check.file, &check.header).await
 }
 
 /// Takes one reference away from each cluster of a range, and lists those of which it was the only one.
@@ -154,68 +212,85 @@ fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32, freed: &mut Vec<u64>) 
     }
 }
 
-/// Makes the COPIED flags of the active tables agree with the references.
-async fn set_copied(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
+/// What a pass over the COPIED flags of the active tables does.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Pass {
+    /// Counts what is wrong.
+    Count,
+    /// Clears flags: always safe, as a write then goes elsewhere.
+    Clear,
+    /// Sets flags: the counters have to be 1 by then.
+    Set,
+}
+
+/// Makes the COPIED flags of the active tables agree with the references. Returns how many were (to clear, to set).
+async fn flags(
+    check: &mut Check<'_>,
+    fix: Repair,
+    pass: Pass,
+    said: &mut Vec<String>,
+) -> Result<(u64, u64), Error> {
     let g = check.g;
     let step = if g.extended { 2 } else { 1 };
-    // a counter that stays too low must not be trusted to be 1
-    let refcount = |at: u64| {
-        let c = (at >> g.cluster_bits) as usize;
-        let want = check.refs.0.get(c).map_or(0, |&n| u64::from(n));
-        let low = fix == Repair::Leaks && (want == 0 || check.stored.get(c).is_some_and(|&n| n < want));
-        (want, low)
-    };
-    let flagged = |word: u64, at: u64| match refcount(at) {
-        (_, true) => word,
-        (1, _) => word | COPIED,
-        _ => word & !COPIED,
-    };
-    let mut fixed = 0;
     let mut l1 = check.l1.clone();
+    let mut sum = (0, 0);
+    let mut count = |(clear, set): (u64, u64)| sum = (sum.0 + clear, sum.1 + set);
     for (i, entry) in l1.iter_mut().enumerate() {
         let l2 = *entry & OFFSET_MASK;
         if l2 == 0 || !l2.is_multiple_of(g.cluster_size()) || l2 >= check.file_size {
             continue;
         }
-        let new = flagged(*entry, l2);
-        if new != *entry {
-            fixed += 1;
-            tell(said, || {
-                let n = refcount(l2).0;
-                format!("Repairing OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}")
-            });
-            *entry = new;
-        }
+        let what = format!("L2 cluster: l1_index={i} l1_entry");
+        count(flag(check, fix, pass, entry, l2, &what, said));
         if check.format.external_data {
             continue;
         }
         let mut words = check.read_l2(HostOffset(l2)).await?;
-        let mut changed = false;
+        let mut changed = (0, 0);
         for word in words.iter_mut().step_by(step) {
             let Some(at) = copied_matters(*word) else { continue };
-            let new = flagged(*word, at);
-            if new != *word {
-                fixed += 1;
-                tell(said, || {
-                    let n = refcount(at).0;
-                    format!("Repairing OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}")
-                });
-                *word = new;
-                changed = true;
-            }
+            let (clear, set) = flag(check, fix, pass, word, at, "data cluster: l2_entry", said);
+            changed = (changed.0 + clear, changed.1 + set);
         }
-        if changed {
-            write(check.file, l2, encode(&words, g.cluster_size())).await?;
+        count(changed);
+        if pass != Pass::Count && changed != (0, 0) {
+            write(check.file, l2, encode(&words)).await?;
         }
     }
-    if l1 != check.l1 {
-        let bytes = (l1.len() as u64 * 8).next_multiple_of(512.min(g.cluster_size()));
-        write(check.file, check.header.l1_offset.0, encode(&l1, bytes)).await?;
+    if pass != Pass::Count && l1 != check.l1 {
+        write(check.file, check.header.l1_offset.0, encode(&l1)).await?;
+        check.l1 = l1;
     }
-    if fixed > 0 {
-        flush(check.file).await?;
+    Ok(sum)
+}
+
+/// One flag of one entry that names the cluster at `at`: (1, 0) if it is to be cleared, (0, 1) if it is to be set.
+fn flag(
+    check: &Check<'_>,
+    fix: Repair,
+    pass: Pass,
+    word: &mut u64,
+    at: u64,
+    what: &str,
+    said: &mut Vec<String>,
+) -> (u64, u64) {
+    let c = (at >> check.g.cluster_bits) as usize;
+    let n = check.refs.0.get(c).map_or(0, |&n| u64::from(n));
+    // A counter that stays too low must not be trusted to be 1.
+    let low = fix == Repair::Leaks && (n == 0 || check.stored.get(c).is_some_and(|&have| have < n));
+    let want = if n == 1 { *word | COPIED } else { *word & !COPIED };
+    if low || want == *word {
+        return (0, 0);
     }
-    Ok(fixed)
+    let sets = want & COPIED != 0;
+    if pass == Pass::Count || (pass == Pass::Set) == sets {
+        if pass != Pass::Count {
+            tell(said, || format!("Repairing OFLAG_COPIED {what}={word:x} refcount={n}"));
+            *word = want;
+        }
+        return (u64::from(!sets), u64::from(sets));
+    }
+    (0, 0)
 }
 
 /// Adds a message, if there is room.
@@ -225,8 +300,8 @@ fn tell(said: &mut Vec<String>, text: impl FnOnce() -> String) {
     }
 }
 
-fn encode(words: &[u64], bytes: u64) -> Buf {
-    let mut out = Buf::zeroed(bytes as usize);
+fn encode(words: &[u64]) -> Buf {
+    let mut out = Buf::zeroed(words.len() * 8);
     for (w, b) in words.iter().zip(out.chunks_exact_mut(8)) {
         b.copy_from_slice(&w.to_be_bytes());
     }
