@@ -383,11 +383,24 @@ fn cut_anywhere<F: Future<Output = ()> + 'static>(
     body: impl FnOnce(Rc<Disk>) -> F + 'static,
     look_at: impl Fn(Vec<u8>, u64),
 ) {
+    cut_anywhere_over(None, bytes, seed, cuts, body, look_at);
+}
+
+/// The same with this backing file.
+fn cut_anywhere_over<F: Future<Output = ()> + 'static>(
+    below: Option<Vec<u8>>,
+    bytes: Vec<u8>,
+    seed: u64,
+    cuts: u64,
+    body: impl FnOnce(Rc<Disk>) -> F + 'static,
+    look_at: impl Fn(Vec<u8>, u64),
+) {
     let sim = Sim::new(seed);
     let file = SimFile::new(&sim, bytes);
     let (s, f) = (sim.clone(), file.clone());
+    let below = below.map(|b| SimFile::new(&sim, b));
     sim.run(async move {
-        let disk = Disk::open(&s, SimFiles::one(f), None).await;
+        let disk = Disk::open(&s, SimFiles { below, ..SimFiles::one(f) }, None).await;
         body(disk.clone()).await;
         disk.image.close().await.unwrap();
     });
@@ -402,12 +415,18 @@ fn cut_anywhere<F: Future<Output = ()> + 'static>(
 
 /// The checker's verdict on an image, and what the disk holds.
 fn verdict(bytes: Vec<u8>) -> (check::CheckReport, Vec<u8>) {
+    verdict_over(None, bytes)
+}
+
+/// The same with this backing file.
+fn verdict_over(below: Option<Vec<u8>>, bytes: Vec<u8>) -> (check::CheckReport, Vec<u8>) {
     let sim = Sim::new(1);
     let file = SimFile::new(&sim, bytes);
+    let below = below.map(|b| SimFile::new(&sim, b));
     let s = sim.clone();
     sim.run(async move {
         let report = check::run(&*file, Repair::None).await.unwrap();
-        let disk = Disk::open(&s, SimFiles::one(file), None).await;
+        let disk = Disk::open(&s, SimFiles { below, ..SimFiles::one(file) }, None).await;
         let size = disk.shared.size();
         (report, disk.read(0..size).await.unwrap())
     })
@@ -462,6 +481,70 @@ fn power_cuts_while_resizing() {
             assert!(got[..3000].iter().all(|&b| b == 7 || b == 0) && got[3000..3072].iter().all(|&b| b == 0));
         });
     }
+}
+
+/// Goal: a resize is all or nothing (G4): with the old size all the data is there, with the new one what is left of it and
+/// zeros behind, also over a longer backing file and where an earlier size reached further. Method: a full disk made
+/// shorter and longer, by whole clusters and not, cut at any moment.
+#[test]
+fn a_resize_is_all_or_nothing() {
+    const OLD: usize = 96 << 10;
+    for (below, cluster) in
+        [(None, 512), (None, 4096), (Some(vec![9; 300 << 10]), 512), (Some(vec![9; 300 << 10]), 4096)]
+    {
+        let sim = Sim::new(2);
+        let backing_file = below.as_ref().map(|_| "below".to_owned());
+        let file = SimFile::new(&sim, bytes_of(&CreateOptions { backing_file, ..small(cluster) }));
+        let (s, f) = (sim.clone(), file.clone());
+        sim.run(async move {
+            let disk = Disk::open(&s, SimFiles::one(f), None).await;
+            disk.write(0, &[7; OLD]).await.unwrap();
+            disk.image.close().await.unwrap();
+        });
+        // each with the end of what is left of the data
+        for sizes in [
+            &[(50 << 10 | 512, 50 << 10 | 512), (200 << 10, 50 << 10 | 512)][..],
+            &[(400 << 10, OLD)],
+            &[(512, 512), (OLD, 512)],
+        ] {
+            for seed in 0..6 {
+                let body = move |disk: Rc<Disk>| async move {
+                    for &(size, _) in sizes {
+                        let off = ringblock_engine::driver::Preallocation::Off;
+                        disk.image.truncate(size as u64, off).await.unwrap();
+                    }
+                };
+                let over = below.clone();
+                cut_anywhere_over(below.clone(), file.content(), seed, 60, body, |bytes, time| {
+                    let (report, got) = verdict_over(over.clone(), bytes);
+                    let what = format!("cluster {cluster}, {sizes:?}, seed {seed}, at {time}");
+                    assert_eq!(report.corruptions, 0, "{what}: {:?}", report.messages.first());
+                    let mut allowed =
+                        sizes.iter().copied().chain([(OLD, OLD)]).filter(|&(size, _)| size == got.len());
+                    let ok = |data: usize| {
+                        got[..data].iter().all(|&b| b == 7) && got[data..].iter().all(|&b| b == 0)
+                    };
+                    assert!(
+                        allowed.any(|(_, data)| ok(data)),
+                        "{what}: {} bytes, {:?}",
+                        got.len(),
+                        runs(&got)
+                    );
+                });
+            }
+        }
+    }
+}
+
+/// The runs of equal bytes: value and end.
+fn runs(bytes: &[u8]) -> Vec<(u8, usize)> {
+    bytes
+        .chunk_by(|a, b| a == b)
+        .scan(0, |end, run| {
+            *end += run.len();
+            Some((run[0], *end))
+        })
+        .collect()
 }
 
 /// Goal: a repair that is cut short can be repeated, and content survives. Method: refcounts cleared, repair cut at any

@@ -23,7 +23,7 @@ use super::owner::Image;
 impl Image {
     /// Makes sure that a slice is known: in a frame, or empty.
     pub(super) async fn fault(self: &Rc<Self>, s: SliceIndex) -> Result<(), Errno> {
-        if s.0 >= self.geometry.slices_for(self.shared.size()) {
+        if self.geometry.slice_l1(s).0 >= self.l1.len() as u64 {
             return Err(Errno::EINVAL);
         }
         loop {

@@ -245,11 +245,6 @@ impl Geometry {
         size.div_ceil(self.l2_span())
     }
 
-    /// Slices needed to map a disk of `size` bytes.
-    pub fn slices_for(&self, size: u64) -> u64 {
-        size.div_ceil(self.slice_span())
-    }
-
     /// Clusters needed for `bytes`.
     pub fn clusters_for(&self, bytes: u64) -> u64 {
         bytes.div_ceil(self.cluster_size())

@@ -1,12 +1,14 @@
 //! Changing the size of the virtual disk.
 //!
-//! Invariants: the size field is the last thing to grow and the first promise to be kept when shrinking; the L1 table
-//! moves as a whole: new content durable, then the header (offset and length in one sector), then the old place is free.
-//! Roots are drained, so no claim is in force.
+//! Invariants: a resize is all or nothing (crash contract, G4), so the size field is the last thing to change when growing
+//! and the first when shrinking; nothing that an earlier size showed comes back: what lies behind the end is dropped before
+//! the end moves over it, for a shrink may have been cut short. The L1 table moves as a whole: new content durable, then
+//! the header (offset and length in one sector), then the old place is free. Roots are drained, so no claim is in force.
 //!
 //! ```text
-//! grow:    new L1 ─► flush ─► header (L1, then size) ─► flush ─► old L1 to limbo
-//! shrink:  clusters above the end to limbo ─► write back ─► header (size) ─► L2 tables above to limbo ─► write back
+//! grow:    new L1 ─► flush ─► header (L1) ─► flush ─► old L1 to limbo
+//!          behind the end: old clusters dropped, tail cleared, backing file hidden ─► write back ─► header (size)
+//! shrink:  header (size) ─► flush ─► clusters and L2 tables behind the end to limbo ─► write back
 //! ```
 
 use std::rc::Rc;
@@ -70,14 +72,20 @@ impl Image {
         if need > self.l1.len() as u64 {
             self.grow_l1(need).await.map_err(io)?;
         }
+        self.drop_behind(old).await.map_err(io)?;
         self.show_tail(old).await.map_err(io)?;
-        self.header.borrow_mut().size = size;
-        if let Err(e) = self.write_header_durable().await {
-            self.header.borrow_mut().size = old;
-            return Err(Error::io(e, "Failed to update the image size"));
-        }
         self.shared.set_size(size);
-        self.hide_below(old, size).await.map_err(io)
+        let hidden = async {
+            self.hide_below(old, size).await?;
+            self.write_back().await?;
+            self.header.borrow_mut().size = size;
+            self.write_header_durable().await
+        };
+        hidden.await.map_err(|e| {
+            self.header.borrow_mut().size = old;
+            self.shared.set_size(old);
+            Error::io(e, "Failed to update the image size")
+        })
     }
 
     /// Moves the L1 table to where it can have `entries` entries.
@@ -236,10 +244,19 @@ impl Image {
     }
 
     async fn shrink(self: &Rc<Self>, old: u64, size: u64) -> Result<(), Errno> {
+        self.header.borrow_mut().size = size;
+        self.write_header_durable().await.inspect_err(|_| {
+            self.header.borrow_mut().size = old;
+        })?;
+        self.shared.set_size(size);
+        self.drop_behind(size).await
+    }
+
+    /// Unlinks everything behind the end of the disk: clusters, then whole tables.
+    async fn drop_behind(self: &Rc<Self>, size: u64) -> Result<(), Errno> {
         let g = self.geometry;
-        let keep = g.clusters_for(size);
-        let last = g.clusters_for(old);
-        let mut c = keep;
+        let mut c = g.clusters_for(size);
+        let last = self.l1.len() as u64 * g.l2_entries();
         while c < last {
             if self.l1.get(g.l1_index(GuestCluster(c))) == 0 {
                 c = (c / g.l2_entries() + 1) * g.l2_entries();
@@ -249,13 +266,14 @@ impl Image {
             self.drop_clusters(c..stop).await?;
             c = stop;
         }
+        if let Some(data) = &self.data {
+            let end = data.size()?;
+            if end > size {
+                data.zero(size, end - size, true).await?;
+            }
+        }
         self.write_back().await?;
-        self.header.borrow_mut().size = size;
-        self.write_header_durable().await.inspect_err(|_| {
-            self.header.borrow_mut().size = old;
-        })?;
-        self.shared.set_size(size);
-        self.drop_tables(g.l1_entries_for(size), g.l1_entries_for(old)).await
+        self.drop_tables(g.l1_entries_for(size), self.l1.len() as u64).await
     }
 
     /// Unlinks clusters for good.
@@ -289,18 +307,19 @@ impl Image {
         self.frames.drop_from(&self.shared, g.first_slice(L1Index(first)));
         for i in first..end.min(self.l1.len() as u64) {
             let entry = self.l1.get(L1Index(i));
+            if entry & OFFSET_MASK == 0 {
+                continue;
+            }
             for s in 0..g.slices_per_table() {
                 let s = super::geometry::SliceIndex(g.first_slice(L1Index(i)).0 + s);
                 if self.shared.place(s) == Place::Empty {
                     self.shared.set_place(s, Place::Missing);
                 }
             }
-            if entry & OFFSET_MASK != 0 {
-                let table = g.host_cluster(HostOffset(entry & OFFSET_MASK));
-                self.l1.set(i as usize, 0);
-                self.metadata.borrow_mut().remove(&table.0);
-                self.limbo.borrow_mut().unlinked(table, 1);
-            }
+            let table = g.host_cluster(HostOffset(entry & OFFSET_MASK));
+            self.l1.set(i as usize, 0);
+            self.metadata.borrow_mut().remove(&table.0);
+            self.limbo.borrow_mut().unlinked(table, 1);
         }
         Ok(())
     }
