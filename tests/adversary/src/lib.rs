@@ -1,2 +1,5 @@
 //! Faults, histories, models and hostile input, thrown at the engine.
 #![forbid(unsafe_code)]
+
+pub mod args;
+pub mod linear;
