@@ -107,7 +107,7 @@ impl Disk {
     pub fn limits(&self) -> HostLimits {
         HostLimits {
             request_align: self.align,
-            memory_align: 1,
+            memory_align: self.align.min(512),
             physical_block: 4096,
             discard_granularity: Some(self.align),
         }
@@ -132,6 +132,13 @@ impl Disk {
     pub fn open_changes(&self) -> usize {
         let s = self.lock();
         s.log.len() + s.flying.len()
+    }
+
+    /// Whether a transfer is aligned as `O_DIRECT` wants it.
+    pub(crate) fn takes(&self, memory: *const u8, len: u64, off: u64) -> bool {
+        let limits = self.limits();
+        (off | len).is_multiple_of(u64::from(limits.request_align))
+            && memory.addr().is_multiple_of(limits.memory_align as usize)
     }
 
     pub(crate) fn read(&self, off: u64, buf: &mut [u8]) -> usize {

@@ -139,6 +139,16 @@ impl Kernel {
 
     fn carry_out(&mut self, f: &Flying) -> i32 {
         let Some(disk) = &f.disk else { return -libc::EBADF };
+        let aligned = match f.op {
+            // at the end of a file there is nothing to transfer, aligned or not
+            RawOp::Read { ptr, len, off, .. } => off >= disk.len() || disk.takes(ptr.cast_const(), len.into(), off),
+            RawOp::Write { ptr, len, off, .. } => disk.takes(ptr, len.into(), off),
+            _ => true,
+        };
+        if !aligned {
+            disk.forget(f.token);
+            return -libc::EINVAL;
+        }
         if self.rng.chance(self.faults.interrupted) {
             if is_change(&f.op) {
                 disk.forget(f.token);
@@ -167,21 +177,22 @@ impl Kernel {
         }
         let mut data = vec![0; len as usize];
         let there = disk.read(off, &mut data);
-        let n = self.part(there as u64, off) as usize;
+        let n = self.part(disk, there as u64, off) as usize;
         // SAFETY: the slab entry that made this operation keeps the memory at `ptr` alive, for `len >= n` bytes, until the
         // terminal completion, which has not been reported yet.
         unsafe { std::ptr::copy_nonoverlapping(data.as_ptr(), ptr, n) };
         n as i32
     }
 
-    /// How much of a transfer is done in one go: all of it, or up to a sector boundary inside.
-    fn part(&mut self, len: u64, off: u64) -> u64 {
-        let first = super::disk::SECTOR - off % super::disk::SECTOR;
+    /// How much of a transfer is done in one go: all of it, or up to a boundary of sectors, or of the disk's blocks, inside.
+    fn part(&mut self, disk: &Disk, len: u64, off: u64) -> u64 {
+        let unit = super::disk::SECTOR.max(disk.limits().request_align.into());
+        let first = unit - off % unit;
         if len <= first || !self.rng.chance(self.faults.short) {
             return len;
         }
-        let sectors = (len - first).div_ceil(super::disk::SECTOR);
-        first + self.rng.below(sectors) * super::disk::SECTOR
+        let units = (len - first).div_ceil(unit);
+        first + self.rng.below(units) * unit
     }
 
     fn write(&mut self, disk: &Disk, token: u64, off: u64, len: u32, dsync: bool) -> i32 {
@@ -198,7 +209,7 @@ impl Kernel {
             disk.fail(token, &mut rng);
             return -libc::EIO;
         }
-        let n = self.part(u64::from(len), off);
+        let n = self.part(disk, u64::from(len), off);
         disk.finish(token, n, dsync);
         n as i32
     }
