@@ -37,11 +37,10 @@ pub(crate) fn read_node(node: NodeId, off: u64, buf: Buf) -> LocalFuture<'static
         let mut done = 0usize;
         while done < buf.len() {
             let pin = core.pin();
-            let mut plan = Plan::default();
+            let mut plan = Plan::at(done);
             let range = off + done as u64..off + buf.len() as u64;
             let stop = plan.add(&core.view.borrow(), Access::Read, node, range).err();
             if plan.covered > 0 {
-                plan.shift(done as u32);
                 plan.fill_zeroes(&mut buf);
                 done += plan.covered as usize;
                 let (result, back) = ring::transfer(Dir::Read, buf, plan.segs, Some(pin)).await;

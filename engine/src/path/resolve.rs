@@ -25,9 +25,11 @@ pub(crate) const DEPTH_MAX: usize = 512;
 /// What a range turned into, from its start.
 #[derive(Default)]
 pub(crate) struct Plan {
+    /// Where in the buffer the range begins. Direct I/O asks for aligned memory, so it decides what a leaf can take.
+    base: u32,
     pub(crate) segs: Segs,
     pub(crate) zeroes: SmallVec<[(u32, u32); 2]>,
-    /// Bytes covered from the start of the request.
+    /// Bytes covered from the start of the range.
     pub(crate) covered: u64,
 }
 
@@ -49,6 +51,16 @@ pub(crate) enum Stop {
 }
 
 impl Plan {
+    /// A plan for a range that begins `base` bytes into the buffer.
+    pub(crate) fn at(base: usize) -> Plan {
+        Plan { base: base as u32, ..Plan::default() }
+    }
+
+    /// Where in the buffer the next piece begins.
+    fn pos(&self) -> u32 {
+        self.base + self.covered as u32
+    }
+
     /// Translates `range` of `node`; `Ok` if all of it is covered.
     pub(crate) fn add(
         &mut self,
@@ -82,7 +94,7 @@ impl Plan {
     fn leaf(&mut self, node: &NodeView, leaf: &Leaf, access: Access, range: Range<u64>) -> Result<(), Stop> {
         let len = range.end - range.start;
         let slow = Stop::SlowLeaf { node: node.id, off: range.start, len };
-        let pos = self.covered as u32;
+        let pos = self.pos();
         match leaf {
             Leaf::Null { latency_ns: 1.., .. } => return Err(slow),
             Leaf::Null { read_zeroes, .. } => {
@@ -180,18 +192,8 @@ impl Plan {
     }
 
     fn zero(&mut self, len: u64) {
-        self.zeroes.push((self.covered as u32, len as u32));
+        self.zeroes.push((self.pos(), len as u32));
         self.covered += len;
-    }
-
-    /// Moves everything by `pos` bytes in the buffer.
-    pub(crate) fn shift(&mut self, pos: u32) {
-        for seg in &mut self.segs {
-            seg.pos += pos;
-        }
-        for zero in &mut self.zeroes {
-            zero.0 += pos;
-        }
     }
 
     /// Fills what is known to be zero.

@@ -86,12 +86,11 @@ async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result
     let mut done = 0usize;
     while done < buf.len() {
         let pin = core.pin();
-        let mut plan = Plan::default();
+        let mut plan = Plan::at(done);
         let range = off + done as u64..off + buf.len() as u64;
         let stop = plan.add(&core.view.borrow(), Access::Write, node, range).err();
         let (result, back) = if plan.covered > 0 {
             let n = plan.covered as usize;
-            plan.shift(done as u32);
             let (result, back) = ring::transfer(Dir::Write { dsync: false }, buf, plan.segs, Some(pin)).await;
             (result.map(|()| n), back)
         } else {
@@ -241,14 +240,13 @@ async fn write_segs(
         Err(e) => return (Err(e), buf),
     };
     let pin = core.pin();
-    let mut plan = Plan::default();
+    let mut plan = Plan::at(done);
     let direct = grant.segs.iter().all(|seg| {
         view.child(seg.child).is_ok_and(|child| {
             plan.add(&core.view.borrow(), Access::Write, child, seg.off..seg.off + seg.len).is_ok()
         })
     });
     if direct {
-        plan.shift(done as u32);
         return ring::transfer(Dir::Write { dsync: false }, buf, plan.segs, Some(pin)).await;
     }
     drop(pin);
