@@ -141,7 +141,9 @@ impl Kernel {
         let Some(disk) = &f.disk else { return -libc::EBADF };
         let aligned = match f.op {
             // at the end of a file there is nothing to transfer, aligned or not
-            RawOp::Read { ptr, len, off, .. } => off >= disk.len() || disk.takes(ptr.cast_const(), len.into(), off),
+            RawOp::Read { ptr, len, off, .. } => {
+                off >= disk.len() || disk.takes(ptr.cast_const(), len.into(), off)
+            }
             RawOp::Write { ptr, len, off, .. } => disk.takes(ptr, len.into(), off),
             _ => true,
         };
