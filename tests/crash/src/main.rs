@@ -6,7 +6,11 @@ use std::process::ExitCode;
 /// One command: its arguments in, whether all was well out.
 type Command = fn(&[String]) -> bool;
 
-const COMMANDS: &[(&str, Command)] = &[];
+const COMMANDS: &[(&str, Command)] = &[
+    ("states", ringblock_crash::states::states),
+    ("table", ringblock_crash::states::table),
+    ("replay", ringblock_crash::states::replay),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

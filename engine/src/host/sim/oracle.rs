@@ -83,6 +83,12 @@ impl Oracle {
         self.sectors.is_empty()
     }
 
+    /// The disk has another size now; what was not there before reads as zeroes.
+    pub fn set_len(&mut self, sectors: usize) {
+        self.sectors.resize_with(sectors, || vec![Candidate { stamp: 0, zero: true, sure: true }]);
+        self.wild.end = self.wild.end.min(sectors);
+    }
+
     /// A write of new data to whole sectors begins: fills the buffer with it. The stamp is for [`Oracle::wrote`].
     pub fn write(&mut self, first: usize, buf: &mut [u8]) -> u64 {
         let stamp = self.begin(first..first + buf.len() / SECTOR as usize, false);
@@ -126,7 +132,8 @@ impl Oracle {
     }
 
     fn ended(&mut self, range: Range<usize>, stamp: u64, sure: bool) {
-        for s in &mut self.sectors[range] {
+        let there = range.start.min(self.sectors.len())..range.end.min(self.sectors.len());
+        for s in &mut self.sectors[there] {
             if let Some(c) = s.iter_mut().rev().find(|c| c.stamp == stamp) {
                 c.sure = sure;
             }
@@ -146,7 +153,7 @@ impl Oracle {
     pub fn flushed(&mut self, flush: Flush) {
         self.note(Event::GuestFlushed { id: flush.1 });
         for (i, stamp) in flush.0 {
-            let s = &mut self.sectors[i];
+            let Some(s) = self.sectors.get_mut(i) else { continue };
             if let Some(at) = s.iter().rposition(|c| c.stamp == stamp && c.sure) {
                 s.drain(..at);
             }

@@ -1,0 +1,282 @@
+//! What is done to an image while it is recorded: guests at random, management operations, short sequences.
+//!
+//! ```text
+//!   Plan { case, work, seed } ─► Recording
+//! ```
+//!
+//! Invariant: a plan is a recording, for ever: all choices come from its seed.
+
+use ringblock_drivers::open;
+use ringblock_drivers::options::blockdev::BlockdevOptions;
+use ringblock_drivers::options::from_json;
+use ringblock_engine::core::Core;
+use ringblock_engine::driver::{Flags, LocalFuture, Preallocation};
+use ringblock_engine::error::Errno;
+use ringblock_engine::graph::Graph;
+use ringblock_engine::host::sim::{Faults, Guest, Rng, SECTOR, lock};
+use ringblock_engine::mem::Buf;
+use ringblock_engine::path::Root;
+use serde_json::json;
+
+use crate::cases::{Case, attach};
+use crate::record::{Recording, Tape, record};
+use crate::short;
+
+/// What is done.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// Guests on one to three cores, several requests at a time.
+    Guests,
+    /// Resizes, reopens, closing and opening, compressed writes, with guests in between and meanwhile.
+    Operations,
+    /// The sequence of this number, see [`crate::short`].
+    Short(u32),
+}
+
+/// A recording to be made.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The kind of image.
+    pub case: Case,
+    /// What is done to it.
+    pub work: Work,
+    /// Where all choices come from.
+    pub seed: u64,
+}
+
+impl std::fmt::Display for Plan {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.work {
+            Work::Guests => write!(f, "--case {} --work guests --seed {}", self.case.name, self.seed),
+            Work::Operations => write!(f, "--case {} --work operations --seed {}", self.case.name, self.seed),
+            Work::Short(n) => write!(f, "--case {} --work short{n} --seed {}", self.case.name, self.seed),
+        }
+    }
+}
+
+impl Plan {
+    /// Makes the recording.
+    ///
+    /// # Errors
+    /// The message of a panic in the engine or of a guest that read what it must not.
+    pub fn record(&self) -> Result<Recording, String> {
+        let mut rng = Rng::new(self.seed);
+        let cores = match self.work {
+            Work::Short(_) => 1,
+            _ => rng.pick(&[1, 2, 2, 3]),
+        };
+        let (mut setup, roles, tape) = self.case.start(self.seed, cores);
+        setup.faults = match rng.below(3) {
+            0 => Faults::benign(),
+            1 => Faults { stalled: 20, stall_ns: 2_000_000, ..Faults::default() },
+            _ => Faults::default(),
+        };
+        let (case, work) = (self.case.clone(), self.work);
+        let program = move |tape: Tape| -> LocalFuture<'static, ()> {
+            Box::pin(async move {
+                match work {
+                    Work::Guests => guests(case, tape, rng).await,
+                    Work::Operations => operations(case, tape, rng).await,
+                    Work::Short(n) => short::run(case, tape, n).await,
+                }
+            })
+        };
+        record(setup, self.case.unit, roles, tape, program).map(|r| r.0)
+    }
+}
+
+/// Guests, and a clean end.
+async fn guests(case: Case, tape: Tape, mut rng: Rng) {
+    let root = attach(case.node(false), true).await.expect("the image opens");
+    let sectors = case.sectors();
+    let guests = rng.between(1, 6) as usize;
+    let requests = rng.between(16, 60) as u32 / guests as u32 + 2;
+    burst(&case, &tape, root, &mut rng, guests, requests, sectors, Work::Guests).await;
+    finish(root, &tape).await;
+}
+
+/// A last flush, and everything closed.
+pub(crate) async fn finish(root: Root, tape: &Tape) {
+    flush(root, tape).await;
+    tape.began("close");
+    let closed = Graph::current().shutdown().await;
+    tape.ended("close", closed.is_ok());
+    closed.expect("it closes");
+}
+
+/// A flush that the guest is told of.
+pub(crate) async fn flush(root: Root, tape: &Tape) {
+    let flush = lock(&tape.oracle).flush();
+    root.flush().await.expect("a flush");
+    lock(&tape.oracle).flushed(flush);
+}
+
+/// Guests that share the first `sectors` sectors. In [`Work::Guests`] a third of them is for everybody; elsewhere it is
+/// only for compressed writes, because what everybody writes cannot be checked by reads later.
+#[allow(clippy::too_many_arguments)]
+async fn burst(
+    case: &Case,
+    tape: &Tape,
+    root: Root,
+    rng: &mut Rng,
+    guests: usize,
+    requests: u32,
+    sectors: usize,
+    work: Work,
+) {
+    if work == Work::Guests {
+        lock(&tape.oracle).set_wild(sectors * 2 / 3..sectors);
+    }
+    let stripe = (sectors * 2 / 3 / guests).max(1);
+    let cluster = (case.cluster() / SECTOR).max(1);
+    let longest = rng.pick(&[2, cluster, cluster * 3, stripe as u64 / 2]).clamp(1, sectors as u64 / 6 + 1);
+    let flushes = rng.pick(&[2, 4, 8, 16]);
+    let core = Core::current();
+    let mut joins = Vec::new();
+    for i in 0..guests {
+        let mut guest = Guest::new(i * stripe..(i + 1) * stripe, requests);
+        (guest.longest, guest.reads, guest.flushes) = (longest, 5, flushes);
+        let (oracle, seed) = (tape.oracle.clone(), rng.next());
+        let call = move || -> LocalFuture<'static, ()> {
+            Box::pin(async move { guest.run(root, &oracle, Rng::new(seed)).await })
+        };
+        joins.push(
+            core.spawn_join(async move { Core::current().call(i % Core::current().count(), call).await }),
+        );
+    }
+    if rng.chance(500) && case.compresses() {
+        for _ in 0..rng.between(1, 3) {
+            compressed(case, tape, root, rng, sectors).await;
+        }
+    }
+    for j in joins {
+        j.await.expect("ended").expect("the core runs");
+    }
+}
+
+/// A whole cluster, compressed, in the part that is for everybody.
+async fn compressed(case: &Case, tape: &Tape, root: Root, rng: &mut Rng, sectors: usize) {
+    let per = (case.cluster() / SECTOR) as usize;
+    let (first, last) = ((sectors * 2 / 3).div_ceil(per), sectors / per);
+    if first >= last {
+        return;
+    }
+    let at = (first + rng.index(last - first)) * per;
+    let mut buf = Buf::new(per * SECTOR as usize);
+    let stamp = lock(&tape.oracle).write(at, &mut buf);
+    let flags = Flags { compressed: true, ..Flags::NONE };
+    let (done, _) = root.write(at as u64 * SECTOR, buf, flags).await;
+    lock(&tape.oracle).wrote(at..at + per, stamp, done.is_ok());
+    // a cluster that holds plain data already cannot be written compressed
+    assert!(matches!(done, Ok(()) | Err(Errno::EIO)), "a compressed write: {done:?}");
+}
+
+/// Operations, one after another, with guests before and meanwhile.
+async fn operations(case: Case, tape: Tape, mut rng: Rng) {
+    let mut root = attach(case.node(false), true).await.expect("the image opens");
+    let mut sectors = case.sectors();
+    for _ in 0..rng.between(2, 5) {
+        let guests = rng.between(1, 3) as usize;
+        let requests = rng.between(2, 8) as u32;
+        if rng.chance(700) {
+            burst(&case, &tape, root, &mut rng, guests, requests, sectors, Work::Operations).await;
+        }
+        match rng.below(6) {
+            0 | 1 => {
+                let to = rng.between(sectors as u64 + 1, case.sectors() as u64 * 2 - 1) as usize;
+                let prealloc = rng.pick(&[
+                    Preallocation::Off,
+                    Preallocation::Off,
+                    Preallocation::Metadata,
+                    Preallocation::Falloc,
+                    Preallocation::Full,
+                ]);
+                // guests go on below
+                let meanwhile = rng.chance(500);
+                let other = tape.clone();
+                let (c, mut r) = (case.clone(), rng.fork());
+                let join = Core::current().spawn_join(async move {
+                    if meanwhile {
+                        burst(&c, &other, root, &mut r, 2, 4, sectors, Work::Operations).await;
+                    }
+                });
+                if case.base > 0 && prealloc != Preallocation::Off {
+                    resize(&tape, sectors, to, Preallocation::Off).await;
+                } else {
+                    resize(&tape, sectors, to, prealloc).await;
+                }
+                join.await.expect("ended");
+                sectors = to;
+            }
+            2 => {
+                let to = rng.between(sectors as u64 / 2, sectors as u64 - 1) as usize;
+                resize(&tape, sectors, to, Preallocation::Off).await;
+                sectors = to;
+            }
+            3 | 4 => {
+                tape.began("reopen");
+                let mut node = case.node(false);
+                node["l2-cache-size"] = json!(rng.pick(&[4096u64, 8192, 65536]));
+                let options: BlockdevOptions = from_json(&node).expect("options");
+                let graph = Graph::current();
+                let list = open::reopen(vec![options], &graph.info()).expect("a reopen");
+                let done = graph.reopen(list).await;
+                tape.ended("reopen", done.is_ok());
+                done.expect("a reopen");
+            }
+            _ => {
+                tape.began("close and open");
+                let graph = Graph::current();
+                graph.detach(root).await.expect("detach");
+                graph.del("n").await.expect("del");
+                let again = attach(case.node(false), true).await;
+                tape.ended("close and open", again.is_ok());
+                root = again.expect("it opens again");
+            }
+        }
+    }
+    burst(&case, &tape, root, &mut rng, 2, 4, sectors, Work::Operations).await;
+    finish(root, &tape).await;
+}
+
+/// Changes the size, in sectors.
+async fn resize(tape: &Tape, from: usize, to: usize, prealloc: Preallocation) {
+    let name = format!("resize {from} to {to}, {prealloc:?}");
+    tape.began(&name);
+    tape.resize(to, false);
+    let cut_off = (to < from).then(|| lock(&tape.oracle).zero(to..from));
+    let done = Graph::current().resize("n", to as u64 * SECTOR, prealloc).await;
+    if let Some(stamp) = cut_off {
+        lock(&tape.oracle).wrote(to..from, stamp, done.is_ok());
+    }
+    lock(&tape.oracle).set_len(to);
+    if done.is_ok() {
+        tape.resize(to, true);
+    }
+    tape.ended(&name, done.is_ok());
+    done.unwrap_or_else(|e| panic!("{name}: {e}"));
+}
+
+/// The `i`th plan of a run with this seed.
+pub fn plan(cases: &[Case], i: u64, seed: u64) -> Plan {
+    let mut rng = Rng::new(seed.wrapping_mul(0x9e37_79b9).wrapping_add(i));
+    let total: u32 = cases.iter().map(|c| c.weight).sum();
+    let mut at = rng.below(u64::from(total.max(1))) as u32;
+    let chosen = cases.iter().find(|c| {
+        let hit = at < c.weight;
+        at = at.wrapping_sub(c.weight);
+        hit
+    });
+    let case = chosen.unwrap_or(&cases[0]).clone();
+    let work = match i % 4 {
+        0 | 2 => Work::Guests,
+        1 => Work::Operations,
+        // the sequences one after another, from where the seed says
+        _ => Work::Short(((i / 4 + seed.wrapping_mul(997)) % u64::from(short::COUNT)) as u32),
+    };
+    let case = match work {
+        Work::Short(_) => short::case(),
+        _ => case,
+    };
+    Plan { case, work, seed: rng.next() & 0xffff_ffff }
+}
