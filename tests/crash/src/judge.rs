@@ -133,7 +133,8 @@ impl Contract {
     /// What is wrong with it.
     pub fn look(&mut self, files: &Files<'_>, allowed: &Allowed) -> Result<Good, Bad> {
         let report = self.checker.check(files);
-        if !report.is_sound() && !(report.dirty && only_counts(report)) {
+        let counts_only = report.dirty && only_counts(report);
+        if !report.is_sound() && !counts_only {
             return Err(Bad::Corrupt(report.explain().replace('\n', ";")));
         }
         if report.marked_corrupt {
