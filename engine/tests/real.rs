@@ -154,19 +154,19 @@ fn calls_between_cores_survive_a_full_inbox() {
     assert_eq!(ringblock_engine::sync::block_on(last.expect("some")), Some(9_999));
 }
 
-/// Goal: timers fire in order and not early; a dropped one does not fire. Method: sleeps out of order, until times counted
-/// from one moment and for times counted from each one's own.
+/// Goal: no timer fires early, and a dropped one does not fire. Method: sleeps until times counted from one moment and for
+/// times counted from each one's own. (Their order is `timer::tests::order`'s: here a busy machine may let all pass at once.)
 #[test]
-fn timers_fire_in_order() {
+fn timers_never_fire_early() {
     let engine = engine(1);
-    let order = engine.run(0, || {
+    let fired = engine.run(0, || {
         Box::pin(async {
-            let order = Rc::new(std::cell::RefCell::new(Vec::new()));
+            let fired = Rc::new(std::cell::Cell::new(0));
             let core = Core::current();
             let base = core.now_exact();
             let mut joins = Vec::new();
             for ms in [30u64, 10, 20, 5] {
-                let order = order.clone();
+                let fired = fired.clone();
                 joins.push(core.spawn_join(async move {
                     // a turn that has lasted a while already must not shorten the sleep
                     std::thread::sleep(Duration::from_millis(2));
@@ -174,7 +174,8 @@ fn timers_fire_in_order() {
                     Sleep::ns(1_000_000).await;
                     assert!(started.elapsed() >= Duration::from_millis(1), "early");
                     Sleep::until(base + ms * 1_000_000).await;
-                    order.borrow_mut().push(ms);
+                    assert!(Core::current().now_exact() >= base + ms * 1_000_000, "early");
+                    fired.set(fired.get() + 1);
                 }));
             }
             let polled = {
@@ -190,10 +191,10 @@ fn timers_fire_in_order() {
             for j in joins {
                 j.await.expect("fired");
             }
-            order.take()
+            fired.get()
         })
     });
-    assert_eq!(order, [5, 10, 20, 30]);
+    assert_eq!(fired, 4);
 }
 
 /// Goal: a tick under load ends only when older I/O has, and does not starve. Method: readers on two cores publish a
