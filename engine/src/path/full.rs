@@ -291,15 +291,17 @@ async fn write_zeroes(view: &NodeView, range: Range<u64>) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Advice that a range is not needed: what is not whole pieces for the driver is left alone.
+/// Advice that a range is not needed: what is not whole blocks is left alone, and what is not whole units comes apart from
+/// what is.
 pub(super) async fn discard(view: &NodeView, range: Range<u64>) -> Result<(), Errno> {
     let limits = view.driver.limits();
     let unit = limits.discard_alignment.max(limits.request_alignment).max(1);
-    let whole = range.start.next_multiple_of(u64::from(unit))..range.end - range.end % u64::from(unit);
+    let align = block(&limits);
+    let whole = range.start.next_multiple_of(align)..range.end - range.end % align;
     if whole.start >= whole.end {
         return Ok(());
     }
-    let _ours = own(view, &whole, block(&limits)).await;
+    let _ours = own(view, &whole, align).await;
     for piece in Pieces::of(whole, unit, limits.max_discard) {
         let (op, offset, len) = (Op::Discard, piece.start, piece.end - piece.start);
         match view.driver.submit(Request { op, offset, len, flags: Flags::NONE, buf: None }).await.0 {
