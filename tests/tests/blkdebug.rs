@@ -320,6 +320,10 @@ const WORK: &[&str] = &[
     "truncate 4M",
 ];
 
+/// Work that makes the refcount table grow where clusters have 512 bytes, and goes on.
+const GROWING: &[&str] =
+    &["write -P 9 1M 2900k", "flush", "write -P 9 1M 1M", "flush", "write -P 9 0 2k", "flush"];
+
 /// Goal: an error that is met once, at any point of qcow2's update sequence, is reported; the image stays sound, nothing
 /// flushed is lost, and the same work succeeds when it is done again. Method: [`FAULTS`] at [`WORK`].
 #[test]
@@ -331,6 +335,7 @@ fn one_fault_at_each_event() {
         // with clusters of 512 bytes the refcount table has to grow
         let grows = matches!(*event, "reftable_grow" | "refblock_alloc_write_blocks")
             || matches!(*event, "refblock_alloc_write_table" | "refblock_alloc_switch_table");
+        let work = if grows { GROWING } else { WORK };
         let dir = sample(&format!("fault-{event}-{}", &words[..2]), if grows { 512 } else { 4096 });
         let errno = if words.starts_with("No space") { 28 } else { 5 };
         let mut rule = json!({"event": event, "errno": errno, "once": true});
@@ -338,7 +343,7 @@ fn one_fault_at_each_event() {
             // clusters are being freed meanwhile: a discard, which is advice, must not use the error up
             rule["iotype"] = json!("write");
         }
-        let out = faulty(&dir, &json!({"inject-error": [rule]}), WORK);
+        let out = faulty(&dir, &json!({"inject-error": [rule]}), work);
         let said = format!("{}{}", out.stdout, out.stderr);
         assert!(out.code != 0 && said.contains(words), "{event}: no error\n{}", out.describe());
         let image = dir.file("disk.qcow2");
