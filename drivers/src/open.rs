@@ -117,6 +117,7 @@ pub(crate) fn spec(options: BlockdevOptions, common: Common, how: How) -> Result
 
 pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
     match &options.driver {
+        BlockdevDriver::Blkdebug(o) => crate::filter::blkdebug::open_fn(o, common),
         BlockdevDriver::File(o) => file(o, common, false),
         BlockdevDriver::HostDevice(o) => file(o, common, true),
         BlockdevDriver::NullAio(o) => null(o, "null-aio"),

@@ -47,6 +47,8 @@ struct Edge {
     name: &'static str,
     role: Role,
     node: Option<NodeId>,
+    /// Permissions used and withheld from others beyond what the role says.
+    extra: (u8, u8),
 }
 
 struct Node {
@@ -64,6 +66,14 @@ struct Node {
     config: Arc<dyn Any + Send + Sync>,
     /// Cumulated permissions the driver holds now.
     held: (u8, u8),
+}
+
+impl Node {
+    /// The child whose content it shows, if it is a filter.
+    fn filtered(&self) -> Option<NodeId> {
+        let edge = self.edges.iter().find(|e| e.role == Role::Filtered);
+        edge.filter(|_| self.driver.is_filter()).and_then(|e| e.node)
+    }
 }
 
 struct RootNode {
@@ -368,6 +378,8 @@ impl State {
                 flags: n.flags,
                 limits: self.limits(*id, 0),
                 serial: n.serial.clone(),
+                filtered: n.filtered(),
+                listens: self.listens(n),
             }));
         }
         let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);
@@ -377,6 +389,11 @@ impl State {
             view.roots[id.0 as usize] = Some(root);
         }
         view
+    }
+
+    /// Whether somebody hears a debug event that is raised at a node.
+    fn listens(&self, n: &Node) -> bool {
+        n.driver.listens() || n.filtered().and_then(|c| self.nodes.get(&c)).is_some_and(|c| self.listens(c))
     }
 
     /// A node's limits merged with those of the children its data goes to (reference, part 5 item 22).
