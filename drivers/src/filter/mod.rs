@@ -11,6 +11,9 @@
 //!
 //! Invariant: a filter holds no data back: what it has answered is in its child, and a flush goes down.
 
+pub mod blklogwrites;
+pub mod blkverify;
+
 use ringblock_engine::driver::{Op, Request};
 use ringblock_engine::error::Errno;
 use ringblock_engine::path::Child;
