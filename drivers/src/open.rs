@@ -121,6 +121,7 @@ pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> R
     match &options.driver {
         BlockdevDriver::Blklogwrites(o) => blklogwrites(o, common),
         BlockdevDriver::Blkverify(o) => blkverify(o, common),
+        BlockdevDriver::Blkdebug(o) => crate::filter::blkdebug::open_fn(o, common),
         BlockdevDriver::File(o) => file(o, common, false),
         BlockdevDriver::HostDevice(o) => file(o, common, true),
         BlockdevDriver::NullAio(o) => null(o, "null-aio"),

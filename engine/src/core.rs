@@ -43,7 +43,10 @@ pub struct Core {
     pub(crate) ring: RefCell<Ring>,
     pub(crate) exec: Exec,
     pub(crate) timers: Timers,
+    /// Transfers in flight.
     pub(crate) epochs: Rc<Epochs>,
+    /// Requests in flight that are no transfers of their own.
+    pub(crate) held: Rc<Epochs>,
     pub(crate) view: RefCell<Arc<View>>,
     pub(crate) owners: RefCell<BTreeMap<NodeId, Rc<dyn Owner>>>,
     roots: RefCell<Vec<Option<Rc<RootLocal>>>>,
@@ -84,6 +87,7 @@ impl Core {
             exec: Exec::new(slot),
             timers: Timers::default(),
             epochs: Rc::default(),
+            held: Rc::default(),
             view: RefCell::default(),
             owners: RefCell::default(),
             roots: RefCell::default(),
@@ -201,6 +205,12 @@ impl Core {
         self.epochs.pin()
     }
 
+    /// Keeps the space that a lookup found from being reused until it is dropped (I3), for requests that may themselves
+    /// have to wait for the transfers in flight: a [`Pin`] would then wait for itself.
+    pub(crate) fn hold(&self) -> Pin {
+        self.held.pin()
+    }
+
     pub(crate) fn root(&self, id: RootId) -> Rc<RootLocal> {
         let mut roots = self.roots.borrow_mut();
         let at = id.0 as usize;
@@ -306,8 +316,10 @@ impl Core {
     }
 
     fn advance_epochs(&self) {
-        if self.epochs.is_waiting() {
-            self.epochs.advance();
+        for epochs in [&self.epochs, &self.held] {
+            if epochs.is_waiting() {
+                epochs.advance();
+            }
         }
     }
 

@@ -23,6 +23,7 @@ use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use crate::debug::DebugEvent;
 use crate::error::{Errno, Error};
 use crate::graph::{OpenCx, Prepared, Reopen};
 use crate::host::File;
@@ -345,6 +346,14 @@ pub struct Limits {
     pub punch_alignment: u32,
     /// A format's cluster size, 0 where there is none.
     pub cluster_size: u32,
+    /// For [`Kind::Full`]: `WriteZeroes` works on multiples of this, and on `max_zero` bytes at most (0: no bound).
+    pub zero_alignment: u32,
+    /// See `zero_alignment`.
+    pub max_zero: u64,
+    /// For [`Kind::Full`]: `Discard` works on multiples of this, and on `max_discard` bytes at most (0: no bound).
+    pub discard_alignment: u32,
+    /// See `discard_alignment`.
+    pub max_discard: u64,
 }
 
 impl Default for Limits {
@@ -355,6 +364,10 @@ impl Default for Limits {
             max_transfer: 1 << 30,
             punch_alignment: 1,
             cluster_size: 0,
+            zero_alignment: 1,
+            max_zero: 0,
+            discard_alignment: 1,
+            max_discard: 0,
         }
     }
 }
@@ -433,6 +446,16 @@ pub trait Driver: Send + Sync {
     /// events are looked for below it.
     fn is_filter(&self) -> bool {
         false
+    }
+
+    /// The node hears debug events ([`Driver::debug_event`]). Does not change while it is open.
+    fn listens(&self) -> bool {
+        false
+    }
+
+    /// A parent reached this point of its work; it goes on when the future is done.
+    fn debug_event(&self, _event: DebugEvent) -> LocalFuture<'_, ()> {
+        Box::pin(async {})
     }
 
     /// Answers a request: all of them for [`Kind::Full`]; `WriteZeroes`, `Discard` and `Flush` for [`Kind::Leaf`].

@@ -1,7 +1,7 @@
 //! The one cross-core primitive: the epoch barrier (DESIGN §6).
 //!
-//! A barrier goes to every core's inbox and is done when every core has acknowledged it. `Tick` means: whatever was
-//! pinned before is finished. Pins are core-local counters, so the hot path pays two increments of plain memory.
+//! A barrier goes to every core's inbox and is done when every core has acknowledged it. `Tick` means: whatever transfer was
+//! pinned before is finished; `Release`, the same for requests on their way through a driver that answers itself. Pins are core-local counters, so the hot path pays two increments of plain memory.
 //!
 //! ```text
 //!   initiator ── BarrierMsg ──► core 0: flip parity, old pins == 0 ──► ack ┐
@@ -24,8 +24,10 @@ use crate::sync::Countdown;
 /// What every core does on a barrier.
 #[derive(Clone)]
 pub(crate) enum Barrier {
-    /// Every operation pinned before is complete.
+    /// Every transfer pinned before is complete.
     Tick,
+    /// Every request that holds what its lookup found, and held it before, is complete.
+    Release,
     /// The roots take no new requests, and have none in flight.
     Drain(Arc<[RootId]>),
     /// The roots take requests again.
@@ -51,9 +53,17 @@ pub(crate) async fn barrier(kind: Barrier) {
     msg.done.wait().await;
 }
 
-/// Waits until every operation that was in flight anywhere when this was called has completed.
-pub async fn tick() {
+/// Waits until every transfer that was in flight anywhere when this was called has completed.
+pub(crate) async fn quiet() {
     barrier(Barrier::Tick).await;
+}
+
+/// Waits until nothing that was in flight anywhere when this was called still refers to what its lookup found: transfers,
+/// and requests on their way through drivers that answer themselves (which may in turn wait for transfers).
+pub async fn tick() {
+    // in this order: a transfer's pin may become a hold, and never the other way round
+    barrier(Barrier::Tick).await;
+    barrier(Barrier::Release).await;
 }
 
 /// Pins of one kind on one core.
@@ -125,6 +135,7 @@ impl Drop for Pin {
 pub(crate) fn receive(core: &Rc<Core>, msg: &Arc<BarrierMsg>) {
     match &msg.kind {
         Barrier::Tick => core.epochs.start(msg),
+        Barrier::Release => core.held.start(msg),
         Barrier::Install(view) => {
             *core.view.borrow_mut() = view.clone();
             msg.done.ack();

@@ -13,6 +13,8 @@
 #[cfg(not(loom))]
 pub mod core;
 #[cfg(not(loom))]
+pub mod debug;
+#[cfg(not(loom))]
 pub mod driver;
 #[cfg(not(loom))]
 pub mod engine;

@@ -5,7 +5,7 @@ use crate::Error;
 use crate::qmp::dispatch::{Call, Registry};
 use ringblock_drivers::format::qcow2::Qcow2;
 use ringblock_drivers::format::qcow2::header::{CompressionType, Header, incompatible};
-use ringblock_drivers::options::types::{BlockdevDetectZeroesOptions, Empty};
+use ringblock_drivers::options::types::{BlockPermission, BlockdevDetectZeroesOptions, Empty};
 use ringblock_engine::driver::perm;
 use ringblock_engine::graph::{DetectZeroes, GraphInfo, NodeId, NodeInfo};
 use ringblock_engine::path::{OpClass, Snapshot};
@@ -261,18 +261,6 @@ ringblock_drivers::qapi! {
         name: String = "name",
     }
 
-    /// What a user does to a node, or lets others do.
-    enum BlockPermission {
-        /// Read what was written.
-        ConsistentRead = "consistent-read",
-        /// Write.
-        Write = "write",
-        /// Write what is there already.
-        WriteUnchanged = "write-unchanged",
-        /// Change the size.
-        Resize = "resize",
-    }
-
     /// An edge of the graph.
     struct XDbgBlockGraphEdge {
         /// Number of the user.
@@ -485,7 +473,7 @@ impl View {
         if let Some(size) = self.sizes.get(&n.id) {
             return *size;
         }
-        let own = ["file", "data-file"].iter().filter_map(|e| child(&self.graph, n, e));
+        let own = ["file", "data-file", "image"].iter().filter_map(|e| child(&self.graph, n, e));
         own.map(|c| self.actual_size(c)).fold(0, i64::saturating_add)
     }
 }

@@ -1,7 +1,7 @@
 //! The commands: their table, and how a line becomes words.
 
 use super::session::Session;
-use super::{aio, misc, rw};
+use super::{aio, breaks, misc, rw};
 use crate::tool::getopt::{self, Opt, Parsed};
 use crate::tool::{err, out};
 use ringblock_drivers::options::size::{self, BadSize};
@@ -31,7 +31,7 @@ pub(super) struct Command {
 pub(super) const MANY: usize = usize::MAX;
 
 fn table() -> impl Iterator<Item = &'static Command> {
-    rw::COMMANDS.iter().chain(aio::COMMANDS).chain(misc::COMMANDS)
+    rw::COMMANDS.iter().chain(aio::COMMANDS).chain(misc::COMMANDS).chain(breaks::COMMANDS)
 }
 
 fn find(name: &str) -> Option<&'static Command> {

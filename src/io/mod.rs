@@ -8,6 +8,7 @@
 //! ```
 
 mod aio;
+mod breaks;
 mod command;
 mod misc;
 mod open;

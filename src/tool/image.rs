@@ -231,6 +231,10 @@ fn protocol_options(
             Definition(below) => protocol_options(below),
             _ => None,
         },
+        BlockdevDriver::Blkdebug(b) => match &mut b.image {
+            Definition(below) => protocol_options(below),
+            _ => None,
+        },
         _ => None,
     }
 }

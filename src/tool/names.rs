@@ -17,6 +17,11 @@ use std::os::unix::fs::FileTypeExt;
 
 /// Drivers that need no format above and no file below.
 const PROTOCOLS: &[&str] = &["file", "host_device", "null-co", "null-aio"];
+/// Filters, with the names of their children.
+const FILTERS: &[(&str, &[&str])] =
+    &[("blkdebug", &["image"]), ("blklogwrites", &["file", "log"]), ("blkverify", &["raw", "test"])];
+/// All edges that a file or a filter may stand at.
+const EDGES: &[&str] = &["file", "data-file", "image", "log", "raw", "test"];
 /// Formats that take a `file` child.
 const FORMATS: &[&str] = &["raw", "qcow2"];
 
@@ -31,6 +36,8 @@ pub fn protocol_node(name: &str) -> Result<Value, Error> {
     let (driver, path) = match protocol(name) {
         Some(("file", path)) => (None, path),
         Some(("host_device", path)) => (Some("host_device"), path),
+        Some(("blkdebug", rest)) => return blkdebug_node(rest),
+        Some(("blkverify", rest)) => return blkverify_node(rest),
         Some((other, _)) => return Err(Error::invalid(format!("Unknown protocol '{other}'"))),
         None => (None, name),
     };
@@ -38,11 +45,35 @@ pub fn protocol_node(name: &str) -> Result<Value, Error> {
     Ok(object([("driver", driver.into()), ("filename", path.into())]))
 }
 
+/// `blkdebug:CONFIG:IMAGE`, without the prefix; both may be empty, and the image may have a prefix of its own.
+fn blkdebug_node(rest: &str) -> Result<Value, Error> {
+    let Some((config, image)) = rest.split_once(':') else {
+        return Err(Error::invalid("blkdebug requires both config file and image path"));
+    };
+    let mut node = object([("driver", "blkdebug".into()), ("image", protocol_node(image)?)]);
+    if let (false, Some(map)) = (config.is_empty(), node.as_object_mut()) {
+        map.insert("config".into(), config.into());
+    }
+    Ok(node)
+}
+
+/// `blkverify:RAW:TEST`, without the prefix; the second may have a prefix of its own.
+fn blkverify_node(rest: &str) -> Result<Value, Error> {
+    let Some((raw, test)) = rest.split_once(':') else {
+        return Err(Error::invalid("blkverify requires raw copy and original image path"));
+    };
+    let (raw, test) = (protocol_node(raw)?, protocol_node(test)?);
+    Ok(object([("driver", "blkverify".into()), ("raw", raw), ("test", test)]))
+}
+
 /// The path of a plain or `file:` name, if the name is one.
 pub fn plain_path(name: &str) -> Result<&str, Error> {
     match protocol(name) {
         None => Ok(name),
         Some(("file" | "host_device", path)) => Ok(path),
+        Some((filter @ ("blkdebug" | "blkverify"), _)) => {
+            Err(Error::invalid(format!("Protocol driver '{filter}' does not support image creation")))
+        }
         Some((other, _)) => Err(Error::invalid(format!("Unknown protocol '{other}'"))),
     }
 }
@@ -69,6 +100,12 @@ pub fn from_name(name: &str, format: Option<&str>) -> Result<Value, Error> {
         }
         return complete(strings(tree), format);
     }
+    if format == Some("blkdebug") {
+        return match protocol(name) {
+            Some(("blkdebug", _)) => protocol_node(name),
+            _ => Ok(object([("driver", "blkdebug".into()), ("image", protocol_node(name)?)])),
+        };
+    }
     if let Some(format) = format
         && PROTOCOLS.contains(&format)
     {
@@ -94,7 +131,7 @@ pub fn from_options(text: &str) -> Result<Value, Error> {
 }
 
 fn known_driver(name: &str) -> Result<(), Error> {
-    if PROTOCOLS.contains(&name) || FORMATS.contains(&name) {
+    if PROTOCOLS.contains(&name) || FORMATS.contains(&name) || FILTERS.iter().any(|f| f.0 == name) {
         return Ok(());
     }
     Err(Error::invalid(format!("Unknown driver '{name}'")))
@@ -109,8 +146,10 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
     match map.get("driver").and_then(Value::as_str) {
         Some(driver) => {
             known_driver(driver)?;
-            if FORMATS.contains(&driver) && !map.contains_key("file") {
-                return Err(Error::invalid("A block device must be specified for \"file\""));
+            let format: &[&str] = if FORMATS.contains(&driver) { &["file"] } else { &[] };
+            let edges = FILTERS.iter().find(|f| f.0 == driver).map_or(format, |f| f.1);
+            if let Some(edge) = edges.iter().find(|e| !map.contains_key(**e)) {
+                return Err(Error::invalid(format!("A block device must be specified for \"{edge}\"")));
             }
         }
         None if !map.contains_key("file") => {
@@ -118,8 +157,8 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
         }
         None => {}
     }
-    for edge in ["file", "data-file"] {
-        if let Some(child) = map.get_mut(edge) {
+    for edge in EDGES {
+        if let Some(child) = map.get_mut(*edge) {
             complete_file(child)?;
         }
     }
@@ -130,7 +169,7 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
 fn complete_file(child: &mut Value) -> Result<(), Error> {
     let Value::Object(map) = child else { return Ok(()) };
     if map.contains_key("driver") {
-        if map.contains_key("file") {
+        if EDGES.iter().any(|e| map.contains_key(*e)) {
             let taken = std::mem::take(map);
             *child = complete(Value::Object(taken), None)?;
         }
@@ -174,6 +213,17 @@ mod tests {
             ("file:a", Some("qcow2"), json!({"file": file("a"), "driver": "qcow2"})),
             ("./a:b", None, json!({"file": file("./a:b")})),
             ("a", Some("file"), file("a")),
+            (
+                "blkdebug:c:./a:b",
+                Some("raw"),
+                json!({"driver": "raw", "file": {"driver": "blkdebug", "config": "c", "image": file("./a:b")}}),
+            ),
+            (
+                "blkverify:a:file:b",
+                Some("raw"),
+                json!({"driver": "raw", "file": {"driver": "blkverify", "raw": file("a"), "test": file("b")}}),
+            ),
+            ("blkdebug::file:a", Some("blkdebug"), json!({"driver": "blkdebug", "image": file("a")})),
             ("/dev/null", None, json!({"file": {"driver": "host_device", "filename": "/dev/null"}})),
             (
                 "json:{'driver':'raw','offset':512,'file':{'filename':'a'}}",
@@ -193,6 +243,8 @@ mod tests {
         for (name, want) in [
             ("foo:bar", "Unknown protocol 'foo'"),
             ("nbd:x", "Unknown protocol 'nbd'"),
+            ("blkverify:x", "blkverify requires raw copy and original image path"),
+            ("blkdebug:x", "blkdebug requires both config file and image path"),
             ("json:{'driver':'bad','file':{'filename':'a'}}", "Unknown driver 'bad'"),
             ("json:[]", "Invalid JSON object given"),
         ] {
@@ -200,7 +252,10 @@ mod tests {
         }
         for (opts, want) in [
             ("a.qcow2", "Cannot find device='a.qcow2' nor node-name='a.qcow2'"),
+            ("driver=blkdebug", "A block device must be specified for \"image\""),
             ("driver=qcow2", "A block device must be specified for \"file\""),
+            ("driver=blklogwrites,file.filename=a", "A block device must be specified for \"log\""),
+            ("driver=blkverify,test.filename=a", "A block device must be specified for \"raw\""),
             ("filename=a", "Must specify either driver or file"),
         ] {
             assert_eq!(from_options(opts).unwrap_err().message, want, "{opts}");

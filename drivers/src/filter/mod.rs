@@ -11,6 +11,7 @@
 //!
 //! Invariant: a filter holds no data back: what it has answered is in its child, and a flush goes down.
 
+pub mod blkdebug;
 pub mod blklogwrites;
 pub mod blkverify;
 

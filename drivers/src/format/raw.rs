@@ -12,6 +12,7 @@
 
 use super::probe;
 use crate::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevOptionsRaw};
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{
     Access, Driver, Extents, Kind, Limits, LocalFuture, Lookup, Map, Op, Opened, Preallocation, Request,
     Role, Status, Target,
@@ -158,6 +159,9 @@ impl RawDriver {
                     req.buf = Some(buf);
                     return Err(e);
                 }
+                self.file
+                    .event(if req.op == Op::Read { DebugEvent::ReadAio } else { DebugEvent::WriteAio })
+                    .await;
                 let (done, buf) = match req.op {
                     Op::Read => self.file.read(at, buf).await,
                     _ => self.file.write(at, buf, req.flags).await,

@@ -3,6 +3,7 @@
 //! ```text
 //! BlockdevOptions = node-name, cache, … + driver ─┬─ file, host_device   a file or device of the host
 //!                                                 ├─ null-co, null-aio   nothing at all
+//!                                                 ├─ blkdebug             image: BlockdevRef
 //!                                                 ├─ raw                 file: BlockdevRef
 //!                                                 ├─ qcow2               file, backing, data-file: BlockdevRef
 //!                                                 ├─ blklogwrites        file, log: BlockdevRef
@@ -12,7 +13,8 @@
 
 use super::size::Size;
 use super::types::{
-    BlockdevAioOptions, BlockdevCacheOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions, OnOffAuto,
+    BlockPermission, BlockdevAioOptions, BlockdevCacheOptions, BlockdevDetectZeroesOptions,
+    BlockdevDiscardOptions, OnOffAuto,
 };
 
 crate::qapi! {
@@ -42,6 +44,8 @@ crate::qapi! {
         Blklogwrites(Box<BlockdevOptionsBlklogwrites>) = "blklogwrites",
         /// Two nodes that must always be the same.
         Blkverify(Box<BlockdevOptionsBlkverify>) = "blkverify",
+        /// A filter that makes chosen requests fail, for tests.
+        Blkdebug(Box<BlockdevOptionsBlkdebug>) = "blkdebug",
         /// A regular file of the host.
         File(BlockdevOptionsFile) = "file",
         /// A block device of the host.
@@ -130,6 +134,178 @@ crate::qapi! {
         data_file: Option<BlockdevRef> = "data-file",
     }
 
+    /// The points of a format's work at which a blkdebug rule comes into force.
+    enum BlkdebugEvent {
+        /// An L1 entry is written.
+        L1Update = "l1_update",
+        /// Space for a longer L1 table is allocated.
+        L1GrowAllocTable = "l1_grow_alloc_table",
+        /// The longer L1 table is written.
+        L1GrowWriteTable = "l1_grow_write_table",
+        /// The header is made to name it.
+        L1GrowActivateTable = "l1_grow_activate_table",
+        /// A piece of an L2 table is read.
+        L2Load = "l2_load",
+        /// A piece of an L2 table is written.
+        L2Update = "l2_update",
+        /// An entry for a compressed cluster is set.
+        L2UpdateCompressed = "l2_update_compressed",
+        /// A shared L2 table is read to be copied.
+        L2AllocCowRead = "l2_alloc_cow_read",
+        /// A new L2 table is written.
+        L2AllocWrite = "l2_alloc_write",
+        /// Guest data is read.
+        ReadAio = "read_aio",
+        /// Guest data is read from the backing node.
+        ReadBackingAio = "read_backing_aio",
+        /// A compressed cluster is read.
+        ReadCompressed = "read_compressed",
+        /// Guest data is written.
+        WriteAio = "write_aio",
+        /// A compressed cluster is written.
+        WriteCompressed = "write_compressed",
+        /// Machine state is read (never raised: there is none).
+        VmstateLoad = "vmstate_load",
+        /// Machine state is written (never raised: there is none).
+        VmstateSave = "vmstate_save",
+        /// Old data around a write is read.
+        CowRead = "cow_read",
+        /// Old data around a write is written to the new place.
+        CowWrite = "cow_write",
+        /// The refcount table is read.
+        ReftableLoad = "reftable_load",
+        /// The refcount table is about to grow.
+        ReftableGrow = "reftable_grow",
+        /// A piece of the refcount table is written.
+        ReftableUpdate = "reftable_update",
+        /// A refcount block is read.
+        RefblockLoad = "refblock_load",
+        /// A refcount block is written as a whole.
+        RefblockUpdate = "refblock_update",
+        /// A part of a refcount block is written.
+        RefblockUpdatePart = "refblock_update_part",
+        /// A refcount block is about to be made.
+        RefblockAlloc = "refblock_alloc",
+        /// A new refcount block's entry is set.
+        RefblockAllocHookup = "refblock_alloc_hookup",
+        /// A new refcount block is written.
+        RefblockAllocWrite = "refblock_alloc_write",
+        /// Blocks for a larger refcount table are written.
+        RefblockAllocWriteBlocks = "refblock_alloc_write_blocks",
+        /// The larger refcount table is written.
+        RefblockAllocWriteTable = "refblock_alloc_write_table",
+        /// The header is made to name it.
+        RefblockAllocSwitchTable = "refblock_alloc_switch_table",
+        /// Clusters are allocated.
+        ClusterAlloc = "cluster_alloc",
+        /// Space for a compressed cluster is allocated.
+        ClusterAllocBytes = "cluster_alloc_bytes",
+        /// Clusters are freed.
+        ClusterFree = "cluster_free",
+        /// A flush begins: what the node holds is handed down.
+        FlushToOs = "flush_to_os",
+        /// What was handed down is made durable.
+        FlushToDisk = "flush_to_disk",
+        /// The first block of an unaligned write is read.
+        PwritevRmwHead = "pwritev_rmw_head",
+        /// It has been read.
+        PwritevRmwAfterHead = "pwritev_rmw_after_head",
+        /// The last block of an unaligned write is read.
+        PwritevRmwTail = "pwritev_rmw_tail",
+        /// It has been read.
+        PwritevRmwAfterTail = "pwritev_rmw_after_tail",
+        /// A write reaches the node.
+        Pwritev = "pwritev",
+        /// A write of zeroes reaches the node.
+        PwritevZero = "pwritev_zero",
+        /// A write, of zeroes or not, has ended.
+        PwritevDone = "pwritev_done",
+        /// An image is about to be emptied (never raised: no operation empties one).
+        EmptyImagePrepare = "empty_image_prepare",
+        /// L1 entries behind a new end are cleared.
+        L1ShrinkWriteTable = "l1_shrink_write_table",
+        /// The L2 tables behind a new end are freed.
+        L1ShrinkFreeL2Clusters = "l1_shrink_free_l2_clusters",
+        /// Data is copied on read (never raised: there is no copy-on-read).
+        CorWrite = "cor_write",
+        /// Allocated clusters are zeroed.
+        ClusterAllocSpace = "cluster_alloc_space",
+        /// Nothing: raised once, when the listener is opened.
+        None = "none",
+    }
+
+    /// Kinds of requests.
+    enum BlkdebugIOType {
+        /// Reads.
+        Read = "read",
+        /// Writes.
+        Write = "write",
+        /// Writes of zeroes.
+        WriteZeroes = "write-zeroes",
+        /// Discards.
+        Discard = "discard",
+        /// Flushes.
+        Flush = "flush",
+        /// Queries of block status.
+        BlockStatus = "block-status",
+    }
+
+    /// An error to inject.
+    struct BlkdebugInjectErrorOptions {
+        /// The event that puts it into force.
+        event: BlkdebugEvent = "event",
+        /// The state in which the event must find the node (default: any).
+        state: Option<i64> = "state",
+        /// The kind of requests that fail (default: all but block-status).
+        iotype: Option<BlkdebugIOType> = "iotype",
+        /// The error number; 0 for none (default: 5, EIO).
+        errno: Option<i64> = "errno",
+        /// Only requests that touch this sector fail (default: all).
+        sector: Option<i64> = "sector",
+        /// Whether only one request fails (default: off).
+        once: Option<bool> = "once",
+        /// Whether the request fails without going through the scheduler (default: off).
+        immediately: Option<bool> = "immediately",
+    }
+
+    /// A change of state.
+    struct BlkdebugSetStateOptions {
+        /// The event that brings it about.
+        event: BlkdebugEvent = "event",
+        /// The state in which the event must find the node (default: any).
+        state: Option<i64> = "state",
+        /// The state afterwards; a node begins in state 1.
+        new_state: i64 = "new_state",
+    }
+
+    /// A filter that injects errors.
+    struct BlockdevOptionsBlkdebug {
+        /// The node below.
+        image: BlockdevRef = "image",
+        /// A file with rules in sections [inject-error] and [set-state].
+        config: Option<String> = "config",
+        /// Alignment that requests must have: a power of two.
+        align: Option<Size> = "align",
+        /// Most bytes of a read or write.
+        max_transfer: Option<Size> = "max-transfer",
+        /// Alignment that writes of zeroes must have.
+        opt_write_zero: Option<Size> = "opt-write-zero",
+        /// Most bytes of a write of zeroes.
+        max_write_zero: Option<Size> = "max-write-zero",
+        /// Alignment that discards must have.
+        opt_discard: Option<Size> = "opt-discard",
+        /// Most bytes of a discard.
+        max_discard: Option<Size> = "max-discard",
+        /// Errors to inject.
+        inject_error: Option<Vec<BlkdebugInjectErrorOptions>> = "inject-error",
+        /// Changes of state.
+        set_state: Option<Vec<BlkdebugSetStateOptions>> = "set-state",
+        /// Permissions on the child that the node uses whatever its users do.
+        take_child_perms: Option<Vec<BlockPermission>> = "take-child-perms",
+        /// Permissions on the child that others may not use.
+        unshare_child_perms: Option<Vec<BlockPermission>> = "unshare-child-perms",
+    }
+
     /// A block node in place, or the name of an existing one.
     alternate BlockdevRef {
         /// In place.
@@ -160,6 +336,7 @@ impl BlockdevOptions {
         match &self.driver {
             BlockdevDriver::Blklogwrites(o) => vec![("file", &o.file), ("log", &o.log)],
             BlockdevDriver::Blkverify(o) => vec![("raw", &o.raw), ("test", &o.test)],
+            BlockdevDriver::Blkdebug(o) => vec![("image", &o.image)],
             BlockdevDriver::Raw(o) => vec![("file", &o.file)],
             BlockdevDriver::Qcow2(o) => {
                 let mut all = vec![("file", &o.file)];

@@ -50,6 +50,18 @@ crate::qapi! {
         no_flush: Option<bool> = "no-flush",
     }
 
+    /// What a user does to a node, or lets others do.
+    enum BlockPermission {
+        /// Read what was written.
+        ConsistentRead = "consistent-read",
+        /// Write.
+        Write = "write",
+        /// Write what is there already.
+        WriteUnchanged = "write-unchanged",
+        /// Change the size.
+        Resize = "resize",
+    }
+
     /// A TCP address.
     struct InetSocketAddress {
         /// Host name or address.

@@ -159,7 +159,7 @@ fn digits(text: &str) -> Option<u64> {
     u64::from_str_radix(body, radix).ok()
 }
 
-fn parse_signed(text: &str) -> Option<i64> {
+pub(crate) fn parse_signed(text: &str) -> Option<i64> {
     match text.strip_prefix('-') {
         Some(rest) => 0i64.checked_sub_unsigned(digits(rest)?),
         None => i64::try_from(digits(text.strip_prefix('+').unwrap_or(text))?).ok(),

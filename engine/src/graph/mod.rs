@@ -47,6 +47,8 @@ struct Edge {
     name: &'static str,
     role: Role,
     node: Option<NodeId>,
+    /// Permissions used and withheld from others beyond what the role says.
+    extra: (u8, u8),
 }
 
 struct Node {
@@ -377,6 +379,7 @@ impl State {
                 limits: self.limits(*id, 0),
                 serial: n.serial.clone(),
                 filtered: n.filtered(),
+                listens: self.listens(n),
             }));
         }
         let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);
@@ -386,6 +389,11 @@ impl State {
             view.roots[id.0 as usize] = Some(root);
         }
         view
+    }
+
+    /// Whether somebody hears a debug event that is raised at a node.
+    fn listens(&self, n: &Node) -> bool {
+        n.driver.listens() || n.filtered().and_then(|c| self.nodes.get(&c)).is_some_and(|c| self.listens(c))
     }
 
     /// A node's limits merged with those of the children its data goes to (reference, part 5 item 22).

@@ -115,6 +115,18 @@ impl OpenCx {
         role: Role,
         spec: ChildSpec,
     ) -> LocalFuture<'static, Result<Child, Error>> {
+        self.open_child_taking(edge, role, spec, 0, 0)
+    }
+
+    /// As [`OpenCx::open_child`]; the edge uses the permissions `take`, and lets nobody use `keep`, whatever its role.
+    pub fn open_child_taking(
+        &self,
+        edge: &'static str,
+        role: Role,
+        spec: ChildSpec,
+        take: u8,
+        keep: u8,
+    ) -> LocalFuture<'static, Result<Child, Error>> {
         let cx = self.clone();
         Box::pin(async move {
             let there = cx.edge(edge);
@@ -126,7 +138,8 @@ impl OpenCx {
                 (ChildSpec::Inline(spec), _) => open_tree(&cx.graph, *spec, cx.depth + 1, false).await?,
                 (ChildSpec::Reference(name), _) => cx.referenced(&name)?,
             };
-            let ix = cx.link(edge, role, child, there.map(|(ix, _)| ix))?;
+            let new = Edge { name: edge, role, node: Some(child), extra: (take, keep) };
+            let ix = cx.link(new, there.map(|(ix, _)| ix))?;
             cx.graph.refresh_perms().await?;
             cx.graph.install().await;
             Ok(Child::new(cx.node, ix))
@@ -150,20 +163,14 @@ impl OpenCx {
         Ok(id)
     }
 
-    fn link(
-        &self,
-        name: &'static str,
-        role: Role,
-        child: NodeId,
-        at: Option<ChildIx>,
-    ) -> Result<ChildIx, Error> {
+    fn link(&self, edge: Edge, at: Option<ChildIx>) -> Result<ChildIx, Error> {
         let mut state = self.graph.state.borrow_mut();
         let me = state.nodes.get_mut(&self.node).ok_or(Errno::ENOMEDIUM)?;
         if let Some(ix) = at.filter(|_| self.again) {
-            me.edges[usize::from(ix)].node = Some(child);
+            me.edges[usize::from(ix)].node = edge.node;
             return Ok(ix);
         }
-        me.edges.push(Edge { name, role, node: Some(child) });
+        me.edges.push(edge);
         ChildIx::try_from(me.edges.len() - 1).map_err(|_| Error::invalid("Too many children"))
     }
 

@@ -9,7 +9,7 @@
 
 use std::rc::Rc;
 
-use super::{Graph, Node, NodeId, State};
+use super::{Edge, Graph, Node, NodeId, State};
 use crate::driver::{Role, perm::*};
 use crate::error::{Errno, Error};
 
@@ -25,8 +25,13 @@ struct User {
 }
 
 impl State {
-    /// What an edge of role `role` asks of the child, given what the parent's own users ask of the parent.
-    pub(super) fn edge(&self, parent: &Node, role: Role, (perm, shared): (u8, u8)) -> (u8, u8) {
+    /// What an edge asks of the child, given what the parent's own users ask of the parent.
+    pub(super) fn edge(&self, parent: &Node, edge: &Edge, users: Cumulated) -> Cumulated {
+        let (perm, shared) = self.of_role(parent, edge.role, users);
+        (perm | edge.extra.0, shared & !edge.extra.1)
+    }
+
+    fn of_role(&self, parent: &Node, role: Role, (perm, shared): Cumulated) -> Cumulated {
         let writable = !parent.flags.read_only;
         match role {
             Role::Filtered => (perm, shared),
@@ -59,7 +64,7 @@ impl State {
         }
         for (pid, p) in &self.nodes {
             for e in p.edges.iter().filter(|e| e.node == Some(id)) {
-                let (perm, shared) = self.edge(p, e.role, self.cumulated(*pid));
+                let (perm, shared) = self.edge(p, e, self.cumulated(*pid));
                 users.push(User { perm, shared, who: format!("node '{}'", p.name), how: e.name.to_owned() });
             }
         }

@@ -88,7 +88,7 @@ impl Graph {
             perms: state.cumulated(*id),
             edges: (n.edges.iter())
                 .filter_map(|e| {
-                    let perms = state.edge(n, e.role, state.cumulated(*id));
+                    let perms = state.edge(n, e, state.cumulated(*id));
                     e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node), perms })
                 })
                 .collect(),

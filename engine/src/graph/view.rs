@@ -51,6 +51,8 @@ pub(crate) struct NodeView {
     pub(crate) serial: Arc<Serial>,
     /// The child whose content a filter shows.
     pub(crate) filtered: Option<NodeId>,
+    /// The node hears debug events, or is a filter above one that does.
+    pub(crate) listens: bool,
 }
 
 impl NodeView {

@@ -8,6 +8,7 @@ use super::status::status_node;
 use super::write::{write_fast, write_node};
 use super::zero::{discard_node, flush_node, zeroes_node};
 use crate::core::Core;
+use crate::debug::{DebugEvent, raise};
 use crate::driver::{ChildIx, Driver, Flags, Kind, Limits, Preallocation, Status};
 use crate::error::{Errno, Error};
 use crate::graph::NodeId;
@@ -62,6 +63,17 @@ impl Child {
         Ok(core.view.borrow().node(id)?.driver.filename())
     }
 
+    /// The name of the host file that the child shows: its own, or that of the node below a filter.
+    pub fn host_name(&self) -> Result<String, Errno> {
+        let core = Core::current();
+        let view = core.view.borrow();
+        let mut node = view.node(self.node(&core)?)?;
+        while let Some(child) = node.filtered {
+            node = view.node(child)?;
+        }
+        Ok(node.driver.filename())
+    }
+
     /// The child's driver, for those who know what it is.
     pub fn driver(&self) -> Result<Arc<dyn Driver>, Errno> {
         let core = Core::current();
@@ -109,6 +121,21 @@ impl Child {
     pub async fn discard(&self, off: u64, len: u64) -> Result<(), Errno> {
         let id = self.node(&Core::current())?;
         discard_node(id, off, len).await
+    }
+
+    /// Tells a listener below that this point is reached. Costs next to nothing where there is none.
+    pub async fn event(&self, event: DebugEvent) {
+        let core = Core::current();
+        if let Ok(id) = self.node(&core) {
+            raise(&core, id, event).await;
+        }
+    }
+
+    /// Whether an event would be heard.
+    pub fn is_heard(&self) -> bool {
+        let core = Core::current();
+        let view = core.view.borrow();
+        self.node(&core).and_then(|id| view.node(id)).is_ok_and(|n| n.listens)
     }
 
     /// Makes completed writes durable.

@@ -11,6 +11,7 @@
 //! path (`resolve` covers everything) allocates nothing.
 
 mod child;
+mod full;
 mod read;
 mod resolve;
 mod root;

@@ -1,11 +1,13 @@
 //! Reads: one transfer where everything resolves, otherwise piece by piece.
 
 use crate::core::Core;
-use crate::driver::{Access, Flags, Kind, Leaf, LocalFuture, Op, Request};
+use crate::debug::raise;
+use crate::driver::{Access, Kind, Leaf, LocalFuture};
 use crate::error::Errno;
 use crate::graph::NodeId;
 use crate::mem::Buf;
 use crate::mutant;
+use crate::path::full;
 use crate::path::resolve::{Plan, Stop};
 use crate::ring::{self, Dir};
 use crate::timer::Sleep;
@@ -78,30 +80,32 @@ async fn read_piece(
             (fault(core, node, key).await.map(|()| 0), buf)
         }
         Stop::Encoded { node, cookie, guest, len } => {
+            let held = core.hold();
+            drop(pin);
             let n = len as usize;
             let driver = match core.view.borrow().node(node) {
                 Ok(n) => n.driver.clone(),
                 Err(e) => return (Err(e), buf),
             };
             let (result, piece) = driver.read_encoded(cookie, guest, Buf::new(n)).await;
-            drop(pin);
+            drop(held);
             buf[done..done + n].copy_from_slice(&piece);
             (result.map(|()| n), buf)
         }
-        Stop::Full { node, off, len } => {
+        Stop::Full { node, off, len, via } => {
+            let _held = core.hold();
             drop(pin);
-            let driver = match core.view.borrow().node(node) {
-                Ok(n) => n.driver.clone(),
+            let view = match core.view.borrow().node(node) {
+                Ok(n) => n.clone(),
                 Err(e) => return (Err(e), buf),
             };
+            if let Some(event) = via.read_event() {
+                raise(core, node, event).await;
+            }
             let n = len as usize;
             let whole = done == 0 && n == buf.len();
             let piece = if whole { std::mem::replace(&mut buf, Buf::new(0)) } else { Buf::new(n) };
-            let req = Request { op: Op::Read, offset: off, len, flags: Flags::NONE, buf: Some(piece) };
-            let (result, mut req) = driver.submit(req).await;
-            let Some(piece) = req.buf.take() else {
-                return (Err(Errno::EIO), buf);
-            };
+            let (result, piece) = full::read(&view, off, piece).await;
             if whole {
                 buf = piece;
             } else {

@@ -12,6 +12,7 @@ use std::ops::Range;
 use smallvec::SmallVec;
 
 use super::Serial;
+use crate::debug::DebugEvent;
 use crate::driver::{Access, Extents, Kind, Leaf, Lookup, Target};
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeId, NodeView, View};
@@ -43,11 +44,44 @@ pub(crate) enum Stop {
     /// `len` bytes need decoding by `node`; `guest` is their offset in it.
     Encoded { node: NodeId, cookie: u64, guest: u64, len: u64 },
     /// `node` answers requests itself.
-    Full { node: NodeId, off: u64, len: u64 },
+    Full { node: NodeId, off: u64, len: u64, via: Via },
     /// A leaf that the ring cannot serve directly: unaligned, being serialised, zero detection, or with a latency.
     SlowLeaf { node: NodeId, off: u64, len: u64 },
     /// The request fails.
     Bad(Errno),
+}
+
+/// How the request came to a node: what its parent would call it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Via {
+    /// It was addressed to the node itself.
+    Itself,
+    /// The parent has its guest's data there.
+    Data,
+    /// It shows through from there.
+    Below,
+}
+
+impl Via {
+    /// The event that the parent raises before it reads.
+    pub(crate) fn read_event(self) -> Option<DebugEvent> {
+        match self {
+            Via::Itself => None,
+            Via::Data => Some(DebugEvent::ReadAio),
+            Via::Below => Some(DebugEvent::ReadBackingAio),
+        }
+    }
+}
+
+impl Stop {
+    /// A node reached from a parent: the nearest one counts.
+    #[cold]
+    fn from(self, parent: Via) -> Stop {
+        match self {
+            Stop::Full { node, off, len, via: Via::Itself } => Stop::Full { node, off, len, via: parent },
+            other => other,
+        }
+    }
 }
 
 impl Plan {
@@ -86,7 +120,10 @@ impl Plan {
         }
         match node.driver.kind() {
             Kind::Leaf(leaf) => self.leaf(node, leaf, access, range),
-            Kind::Full => Err(Stop::Full { node: id, off: range.start, len: range.end - range.start }),
+            Kind::Full => {
+                let (off, len) = (range.start, range.end - range.start);
+                Err(Stop::Full { node: id, off, len, via: Via::Itself })
+            }
             Kind::Map(_) => self.map(view, node, access, range, depth),
         }
     }
@@ -161,7 +198,8 @@ impl Plan {
                 match extent.target {
                     Target::Data { child, off } => {
                         let child = node.child(child).map_err(Stop::Bad)?;
-                        self.add_at(view, access, child, off..off + extent.len, depth + 1)?;
+                        self.add_at(view, access, child, off..off + extent.len, depth + 1)
+                            .map_err(|stop| stop.from(Via::Data))?;
                     }
                     Target::Below { child, off } => {
                         let child = node.child(child).map_err(Stop::Bad)?;
@@ -183,7 +221,8 @@ impl Plan {
         let size = view.node(child).map_err(Stop::Bad)?.driver.size();
         let there = range.end.min(size).max(range.start);
         if there > range.start {
-            self.add_at(view, Access::Read, child, range.start..there, depth)?;
+            self.add_at(view, Access::Read, child, range.start..there, depth)
+                .map_err(|stop| stop.from(Via::Below))?;
         }
         if range.end > there {
             self.zero(range.end - there);

@@ -6,11 +6,14 @@
 //!                                                          └ failed ─► home: abort
 //! ```
 
+use super::full;
 use super::read::{leaf_read, on_owner, read_node};
-use super::resolve::{Plan, Stop};
+use super::resolve::{Plan, Stop, Via};
 use super::zero::{flush_node, zeroes_node};
 use crate::core::Core;
-use crate::driver::{Access, Flags, Grant, Kind, Leaf, LocalFuture, Op, Request};
+use crate::debug::{DebugEvent, raise};
+use crate::driver::{Access, Flags, Grant, Kind, Leaf, LocalFuture};
+use crate::epoch::Pin;
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeId};
 use crate::mem::Buf;
@@ -37,11 +40,14 @@ pub(crate) fn write_node(
                 Err(back) => buf = back,
             }
         }
+        // a filter may know a better way to make one write durable than a flush
+        let handed_down = flags.fua && !flags.compressed && above_filter(&core, node);
+        let down = Flags { fua: handed_down, ..Flags::NONE };
         let (result, buf) = match flags.compressed {
             true => write_compressed(&core, node, off, buf).await,
-            false => write_all(&core, node, off, buf).await,
+            false => write_all(&core, node, off, buf, down).await,
         };
-        if result.is_ok() && flags.fua && !mutant!("fua-flushes") {
+        if result.is_ok() && flags.fua && !handed_down && !mutant!("fua-flushes") {
             return (flush_node(node).await, buf);
         }
         (result, buf)
@@ -63,6 +69,20 @@ fn fua_leaf(core: &Core, node: NodeId) -> Option<bool> {
     }
 }
 
+/// Whether a write ends in one filter, as a whole: only ownerless formats are above it.
+fn above_filter(core: &Core, node: NodeId) -> bool {
+    let view = core.view.borrow();
+    let mut next = view.node(node).ok();
+    while let Some(node) = next {
+        match node.driver.kind() {
+            Kind::Full => return node.driver.is_filter() && !node.flags.no_flush,
+            Kind::Map(_) if !node.has_owner => next = node.child(0).and_then(|c| view.node(c)).ok(),
+            _ => return false,
+        }
+    }
+    false
+}
+
 /// The whole range in place in one transfer, if it resolves at once: the hot path. With `dsync` it is durable when it
 /// completes. `Err` gives the buffer back.
 #[inline]
@@ -82,7 +102,13 @@ pub(crate) async fn write_fast(
     Ok(ring::transfer(Dir::Write { dsync }, buf, plan.segs, pin).await)
 }
 
-async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result<(), Errno>, Buf) {
+async fn write_all(
+    core: &Core,
+    node: NodeId,
+    off: u64,
+    mut buf: Buf,
+    flags: Flags,
+) -> (Result<(), Errno>, Buf) {
     let mut done = 0usize;
     while done < buf.len() {
         let pin = core.pin();
@@ -94,9 +120,8 @@ async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result
             let (result, back) = ring::transfer(Dir::Write { dsync: false }, buf, plan.segs, Some(pin)).await;
             (result.map(|()| n), back)
         } else {
-            drop(pin);
             match stop {
-                Some(stop) => write_piece(core, stop, buf, done).await,
+                Some(stop) => write_piece(core, stop, pin, buf, done, flags).await,
                 None => break,
             }
         };
@@ -110,27 +135,39 @@ async fn write_all(core: &Core, node: NodeId, off: u64, mut buf: Buf) -> (Result
 }
 
 /// Deals with what stopped the translation; returns bytes written, 0 to look again.
-async fn write_piece(core: &Core, stop: Stop, mut buf: Buf, done: usize) -> (Result<usize, Errno>, Buf) {
+async fn write_piece(
+    core: &Core,
+    stop: Stop,
+    pin: Pin,
+    mut buf: Buf,
+    done: usize,
+    flags: Flags,
+) -> (Result<usize, Errno>, Buf) {
+    // what the lookup found must stay where it is until the write has ended, whatever it waits for on the way
+    let _held = matches!(stop, Stop::Full { .. } | Stop::SlowLeaf { .. }).then(|| core.hold());
+    drop(pin);
     match stop {
         Stop::Bad(e) => (Err(e), buf),
         Stop::Encoded { .. } => (Err(Errno::EIO), buf),
         Stop::Miss { node, key } => (super::read::fault(core, node, key).await.map(|()| 0), buf),
         Stop::Claim { node, off, len } => write_claimed(core, node, off..off + len, buf, done).await,
-        Stop::Full { node, off, len } => {
-            let driver = match core.view.borrow().node(node) {
-                Ok(n) => n.driver.clone(),
+        Stop::Full { node, off, len, via } => {
+            let view = match core.view.borrow().node(node) {
+                Ok(n) => n.clone(),
                 Err(e) => return (Err(e), buf),
             };
+            if via == Via::Data {
+                raise(core, node, DebugEvent::WriteAio).await;
+            }
             let n = len as usize;
             let whole = done == 0 && n == buf.len();
             let piece = match whole {
                 true => std::mem::replace(&mut buf, Buf::new(0)),
                 false => Buf::from_slice(&buf[done..done + n]),
             };
-            let req = Request { op: Op::Write, offset: off, len, flags: Flags::NONE, buf: Some(piece) };
-            let (result, mut req) = driver.submit(req).await;
+            let (result, piece) = full::write(core, &view, off, piece, flags).await;
             if whole {
-                buf = req.buf.take().unwrap_or_else(|| Buf::new(n));
+                buf = piece;
             }
             (result.map(|()| n), buf)
         }
@@ -193,7 +230,9 @@ async fn fill_grant(
     buf: Buf,
     done: usize,
 ) -> (Result<(), Errno>, Buf) {
+    let events = Events::of(core, node, grant);
     if grant.head == 0 && grant.tail == 0 {
+        events.raise(core, DebugEvent::WriteAio).await;
         return write_segs(core, node, grant, buf, done).await;
     }
     let n = (grant.guest.end - grant.guest.start) as usize;
@@ -202,6 +241,7 @@ async fn fill_grant(
     merged[head..head + n].copy_from_slice(&buf[done..done + n]);
     for (at, len, from) in [(0, head, grant.guest.start - grant.head), (head + n, tail, grant.guest.end)] {
         if len > 0 {
+            events.raise(core, DebugEvent::CowRead).await;
             let (result, old) = read_padded(core, node, from, len).await;
             if let Err(e) = result {
                 return (Err(e), buf);
@@ -209,7 +249,31 @@ async fn fill_grant(
             merged[at..at + len].copy_from_slice(&old);
         }
     }
+    // one write, with the old data around the new
+    events.raise(core, DebugEvent::WriteAio).await;
+    events.raise(core, DebugEvent::CowWrite).await;
     (write_segs(core, node, grant, merged, 0).await.0, buf)
+}
+
+/// Where the events of an allocating write are heard: at the child that holds the data, and at the first for copies.
+struct Events {
+    data: Option<NodeId>,
+    file: Option<NodeId>,
+}
+
+impl Events {
+    fn of(core: &Core, node: NodeId, grant: &Grant) -> Events {
+        let view = core.view.borrow();
+        let child = |ix| view.node(node).and_then(|n| n.child(ix)).ok();
+        Events { data: grant.segs.first().and_then(|s| child(s.child)), file: child(0) }
+    }
+
+    async fn raise(&self, core: &Core, event: DebugEvent) {
+        let at = if event == DebugEvent::WriteAio { self.data } else { self.file };
+        if let Some(at) = at {
+            raise(core, at, event).await;
+        }
+    }
 }
 
 /// Reads what a node has at `from`; a cluster may reach past the node's end, where there are zeroes.

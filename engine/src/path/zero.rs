@@ -2,9 +2,11 @@
 
 use std::ops::Range;
 
+use super::full;
 use super::read::on_owner;
 use super::write::write_node;
 use crate::core::Core;
+use crate::debug::{DebugEvent, raise};
 use crate::driver::{Access, Extents, Flags, Kind, LocalFuture, Lookup, Op, Punch, Request, Target};
 use crate::error::Errno;
 use crate::graph::{NodeId, NodeView};
@@ -38,7 +40,8 @@ pub(crate) fn zeroes_node(
                     zeroes_node(child, r.start, r.end - r.start, inner).await?;
                 }
             }
-            Kind::Leaf(_) | Kind::Full => {
+            Kind::Full => full::zeroes(&core, &view, range, inner).await?,
+            Kind::Leaf(_) => {
                 let req = Request { op: Op::WriteZeroes, offset: off, len, flags: inner, buf: None };
                 match submit(&core, &view, req).await {
                     Err(Errno::ENOTSUP) if !flags.no_fallback => write_zeroes(id, range).await?,
@@ -156,7 +159,8 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
                 }
                 Ok(())
             }
-            Kind::Leaf(_) | Kind::Full => {
+            Kind::Full => full::discard(&view, off..end).await,
+            Kind::Leaf(_) => {
                 let req = Request { op: Op::Discard, offset: off, len, flags: Flags::NONE, buf: None };
                 ignore_unsupported(submit(&core, &view, req).await)
             }
@@ -164,14 +168,10 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
     })
 }
 
-/// Zeroes or discards through the driver. A leaf's blocks may be read and written back around it: the change waits for those
+/// Zeroes or discards on a leaf, whose blocks may be read and written back around it: the change waits for those
 /// that overlap, and its pin makes later ones wait for it (see [`super::serial`]).
 async fn submit(core: &Core, view: &NodeView, req: Request) -> Result<(), Errno> {
     let range = req.offset..req.offset.checked_add(req.len).ok_or(Errno::EINVAL)?;
-    if matches!(view.driver.kind(), Kind::Full) {
-        // a pin would keep the barriers of its children's blocks from ending
-        return view.driver.submit(req).await.0;
-    }
     loop {
         view.serial.wait_free(range.clone()).await;
         // no await between this test and the pin
@@ -194,12 +194,19 @@ pub(crate) fn flush_node(id: NodeId) -> LocalFuture<'static, Result<(), Errno>> 
     Box::pin(async move {
         let core = Core::current();
         let view = node(&core, id)?;
+        let below = view.children.first().copied().flatten();
+        if let Some(child) = below {
+            raise(&core, child, DebugEvent::FlushToOs).await;
+            if !view.has_owner {
+                raise(&core, child, DebugEvent::FlushToDisk).await;
+            }
+        }
         match view.driver.kind() {
             Kind::Map(_) if view.has_owner => {
                 // with no-flush the owner still writes its tables back; its child's flushes go nowhere
                 on_owner(&core, view.home, id, |owner| Box::pin(async move { owner.flush().await })).await
             }
-            Kind::Map(_) => match view.children.first().copied().flatten() {
+            Kind::Map(_) => match below {
                 Some(child) if !view.flags.no_flush => flush_node(child).await,
                 _ => Ok(()),
             },

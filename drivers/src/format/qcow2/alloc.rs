@@ -14,6 +14,7 @@
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
 use ringblock_engine::units::HostOffset;
@@ -86,6 +87,7 @@ impl Alloc {
 impl Image {
     /// Hands out up to `want` clusters in a row, at least one.
     pub(super) async fn allocate(self: &Rc<Self>, want: u64) -> Result<Run, Errno> {
+        self.event(DebugEvent::ClusterAlloc).await;
         loop {
             if let Some(run) = self.alloc.borrow_mut().take(want) {
                 return Ok(run);
@@ -113,6 +115,7 @@ impl Image {
                     self.grow_reftable(turn, first).await?;
                     continue;
                 }
+                self.event(DebugEvent::RefblockAlloc).await;
                 self.refcounts.make_block(turn, first).await?;
                 self.metadata.borrow_mut().insert(first.0);
                 let mut alloc = self.alloc.borrow_mut();
@@ -150,6 +153,7 @@ impl Image {
     /// the header, then the old place is free).
     async fn grow_reftable(self: &Rc<Self>, turn: &Turn<'_>, last: HostCluster) -> Result<(), Errno> {
         let g = self.geometry;
+        self.event(DebugEvent::ReftableGrow).await;
         let (old_at, old_clusters) = {
             let h = self.header.borrow();
             (h.reftable_offset, u64::from(h.reftable_clusters))
@@ -176,14 +180,17 @@ impl Image {
         }
         self.refcounts.grow_table(clusters);
         let table_at = self.place_table(turn, first, clusters).await?;
+        self.event(DebugEvent::RefblockAllocWriteBlocks).await;
         if !mutant!("grown-table-counters") {
             self.refcounts.write_dirty(turn).await?;
         }
         let bytes = self.refcounts.table.encode_all((clusters * g.cluster_size()) as usize);
+        self.event(DebugEvent::RefblockAllocWriteTable).await;
         self.file.write(g.host_offset(table_at).0, bytes).await?;
         if !mutant!("grown-table-barrier") {
             self.barrier().await?;
         }
+        self.event(DebugEvent::RefblockAllocSwitchTable).await;
         {
             let mut h = self.header.borrow_mut();
             h.reftable_offset = g.host_offset(table_at);
@@ -247,6 +254,7 @@ impl Image {
 
     /// Zeros a part of the file with ordinary writes.
     pub(super) async fn write_zeros(&self, at: HostOffset, len: u64) -> Result<(), Errno> {
+        self.event(DebugEvent::ClusterAllocSpace).await;
         let mut done = 0;
         while done < len {
             let n = (len - done).min(1 << 20);

@@ -15,6 +15,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{Grant, GrantSeg};
 use ringblock_engine::mutant;
 use ringblock_engine::units::{GuestOffset, HostOffset};
@@ -412,15 +413,18 @@ impl Image {
             return Ok(());
         }
         if old.0 == 0 {
+            self.event(DebugEvent::L2AllocWrite).await;
             return self.write_zeros(at, g.cluster_size()).await;
         }
         if !g.is_host_aligned(old) {
             self.set_corrupt(&format!("L2 table offset {old} unaligned"));
             return Err(Errno::EIO);
         }
+        self.event(DebugEvent::L2AllocCowRead).await;
         let (result, bytes) =
             self.file.read(old.0, ringblock_engine::mem::Buf::new(g.cluster_size() as usize)).await;
         result?;
+        self.event(DebugEvent::L2AllocWrite).await;
         self.file.write(at.0, bytes).await
     }
 

@@ -13,6 +13,7 @@ use std::rc::Rc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::core::Core;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
 use ringblock_engine::path::Child;
@@ -45,6 +46,7 @@ pub(super) async fn read(
     if skip + buf.len() > cs {
         return (Err(Errno::EINVAL), buf);
     }
+    file.event(DebugEvent::ReadCompressed).await;
     let (result, bytes) = file.read(packed.at.0, Buf::new(packed.len as usize)).await;
     if let Err(e) = result {
         return (Err(e), buf);
@@ -108,6 +110,7 @@ impl Image {
         // The claim covers the cluster (it starts at its edge), so what follows the disk's end is the cluster's zeros.
         let mut bytes = cluster;
         bytes.set_len(seg.len as usize);
+        self.event(DebugEvent::WriteAio).await;
         match self.file.write(seg.off, bytes).await {
             Ok(()) => self.commit(&grant),
             Err(e) => {
@@ -138,14 +141,17 @@ impl Image {
         if !matches!(old, L2Entry::Unallocated | L2Entry::Zero { .. } | L2Entry::Compressed(_)) {
             return Err(Errno::EIO);
         }
+        self.event(DebugEvent::ClusterAllocBytes).await;
         let (at, first, count) = self.allocate_bytes(packed.len() as u64).await?;
         // The entry counts whole sectors; what lies behind the packed bytes in the last one does not matter, and may be
         // the next packed cluster already, so nothing is written there.
         let len = (at.0 + packed.len() as u64).next_multiple_of(512) - at.0;
+        self.event(DebugEvent::WriteCompressed).await;
         if let Err(e) = self.file.write(at.0, Buf::from_slice(packed)).await {
             self.give_back(first, count);
             return Err(e);
         }
+        self.event(DebugEvent::L2UpdateCompressed).await;
         self.poisoned()?;
         let entry = L2Entry::Compressed(Packed { at, len });
         self.replace(frame, c, entry);

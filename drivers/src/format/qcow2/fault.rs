@@ -11,6 +11,7 @@
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::sync::Event;
 use ringblock_engine::units::HostOffset;
@@ -65,6 +66,7 @@ impl Image {
             }
             let frame = self.take_frame().await?;
             let at = table.0 + g.slice_in_table(s);
+            self.event(DebugEvent::L2Load).await;
             let (result, bytes) = self.file.read(at, Buf::new(g.slice_size() as usize)).await;
             if result.is_err() || self.l1.get(g.slice_l1(s)) != l1 {
                 self.frames.give(frame);

@@ -9,6 +9,7 @@
 
 use ringblock_engine::Errno;
 use ringblock_engine::core::Core;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{Flags, LocalFuture, Preallocation};
 use ringblock_engine::event::Event;
 use ringblock_engine::mem::Buf;
@@ -29,6 +30,10 @@ pub(super) trait Store {
     fn discard(&self, off: u64, len: u64) -> LocalFuture<'_, Result<(), Errno>>;
     /// Completed writes become durable.
     fn flush(&self) -> LocalFuture<'_, Result<(), Errno>>;
+    /// Tells a listener below that this point of the work is reached; `None` if nobody listens.
+    fn event(&self, _event: DebugEvent) -> Option<LocalFuture<'_, ()>> {
+        None
+    }
     /// Current length in bytes.
     fn size(&self) -> Result<u64, Errno>;
     /// Changes the length.
@@ -57,12 +62,23 @@ impl Store for Child {
         Box::pin(Child::flush(self))
     }
 
+    fn event(&self, event: DebugEvent) -> Option<LocalFuture<'_, ()>> {
+        if self.is_heard() { Some(Box::pin(Child::event(self, event))) } else { None }
+    }
+
     fn size(&self) -> Result<u64, Errno> {
         Child::size(self)
     }
 
     fn truncate(&self, size: u64) -> LocalFuture<'_, Result<(), Errno>> {
         Box::pin(async move { Child::truncate(self, size, Preallocation::Off).await.map_err(|e| e.errno) })
+    }
+}
+
+/// Raises an event below the image file.
+pub(super) async fn raise(file: &dyn Store, event: DebugEvent) {
+    if let Some(heard) = file.event(event) {
+        heard.await;
     }
 }
 

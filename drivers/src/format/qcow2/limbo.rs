@@ -9,6 +9,7 @@
 
 use std::rc::Rc;
 
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::mutant;
 
 use super::geometry::HostCluster;
@@ -118,6 +119,7 @@ impl Image {
 
     /// Lowers the counters of a run and tells the file about what became free.
     async fn free_run(self: &Rc<Self>, first: HostCluster, count: u64) {
+        self.event(DebugEvent::ClusterFree).await;
         let turn = self.refcounts.lock().await;
         match self.refcounts.release(&turn, first, count).await {
             Ok(free) => {

@@ -11,6 +11,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{Driver, LocalFuture, OpenFn, Opened, Owner, Role};
 use ringblock_engine::graph::{ChildSpec, OpenCx};
 use ringblock_engine::mem::Buf;
@@ -66,6 +67,7 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     }
     let l1 =
         read_table(&file, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table").await?;
+    file.event(DebugEvent::ReftableLoad).await;
     let reftable_bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
     let reftable =
         read_table(&file, header.reftable_offset, reftable_bytes, "Could not read refcount table").await?;
@@ -268,7 +270,7 @@ impl Names<'_> {
                 "The image names the file '{name}': it has to be given as an option"
             )));
         };
-        let overlay = self.file.filename()?;
+        let overlay = self.file.host_name()?;
         if overlay.is_empty() && !name.starts_with('/') {
             return Err(Error::invalid(format!(
                 "Cannot use relative file name '{name}' of an image without a file name"

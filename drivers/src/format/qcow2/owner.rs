@@ -14,6 +14,7 @@ use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{ChildIx, Grant, LocalFuture, Owner, Preallocation, Punch};
 use ringblock_engine::mem::Buf;
 use ringblock_engine::sync::{Event, Mutex};
@@ -26,7 +27,7 @@ use super::entry::OFFSET_MASK;
 use super::frames::Frames;
 use super::geometry::{Geometry, HostCluster, SliceIndex};
 use super::header::{Header, incompatible};
-use super::io::{Runtime, Store};
+use super::io::{Runtime, Store, raise};
 use super::limbo::Limbo;
 use super::map::Shared;
 use super::refcounts::Refcounts;
@@ -202,6 +203,11 @@ impl Image {
         }
     }
 
+    /// A point of the update sequence is reached.
+    pub(super) async fn event(&self, event: DebugEvent) {
+        raise(&*self.file, event).await;
+    }
+
     /// Writes the header as it stands in memory.
     pub(super) async fn write_header(&self) -> Result<(), Errno> {
         let bytes = self.header.borrow().serialise().map_err(|e| e.errno)?;
@@ -218,6 +224,7 @@ impl Image {
 
     /// A flush of the image file. A failed one leaves the disk's content unknown for ever, so the image is poisoned.
     pub(super) async fn barrier(&self) -> Result<(), Errno> {
+        self.event(DebugEvent::FlushToDisk).await;
         self.file.flush().await.map_err(|e| self.set_poison(e))
     }
 }

@@ -16,13 +16,14 @@ use std::collections::{BTreeSet, HashMap};
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
 use ringblock_engine::sync::{Guard, Mutex};
 use ringblock_engine::units::HostOffset;
 
 use super::geometry::{Geometry, HOST_OFFSET_LIMIT, HostCluster, MAX_REFTABLE_BYTES, ReftableIndex};
-use super::io::Store;
+use super::io::{Store, raise};
 use super::refcount;
 use super::tables::Table;
 
@@ -89,6 +90,7 @@ impl Refcounts {
         }
         let Some(at) = self.block_offset(i)? else { return Ok(false) };
         self.make_room(turn).await?;
+        raise(&*self.file, DebugEvent::RefblockLoad).await;
         let (result, bytes) = self.file.read(at.0, Buf::new(self.geometry.cluster_size() as usize)).await;
         result?;
         self.blocks.borrow_mut().insert(i, Block { bytes, dirty: BTreeSet::new(), stamp });
@@ -124,6 +126,9 @@ impl Refcounts {
                 (first, end, Buf::from_slice(&b.bytes[first * page..end * page]))
             };
             let (first, end, bytes) = run;
+            let whole = bytes.len() as u64 == self.geometry.cluster_size();
+            let event = if whole { DebugEvent::RefblockUpdate } else { DebugEvent::RefblockUpdatePart };
+            raise(&*self.file, event).await;
             if let Err(e) = self.file.write(at.0 + (first * page) as u64, bytes).await {
                 if let Some(b) = self.blocks.borrow_mut().get_mut(&i) {
                     b.dirty.extend(first..end);
@@ -244,6 +249,7 @@ impl Refcounts {
         if g.reftable_index(at) == i && !refcount::set(&mut bytes, g.refcount_order, g.in_block(at), 1) {
             return Err(Errno::EIO);
         }
+        raise(&*self.file, DebugEvent::RefblockAllocWrite).await;
         if !mutant!("new-block-content") {
             self.file.write(g.host_offset(at).0, Buf::from_slice(&bytes)).await?;
         }

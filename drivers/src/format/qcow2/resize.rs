@@ -13,6 +13,7 @@
 
 use std::rc::Rc;
 
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::{Access, Extent, Extents, Lookup, Map, Preallocation, Punch, Target};
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
@@ -98,11 +99,14 @@ impl Image {
             // The cluster it ends in has room: entries behind the end were never read, so they are cleared first.
             self.l1.resize(entries as usize);
             let bytes = self.l1.encode_all((clusters * g.cluster_size()) as usize);
+            self.event(DebugEvent::L1GrowWriteTable).await;
             self.file.write(old_at.0, bytes).await?;
             self.barrier().await?;
+            self.event(DebugEvent::L1GrowActivateTable).await;
             self.header.borrow_mut().l1_size = entries as u32;
             return self.write_header_durable().await;
         }
+        self.event(DebugEvent::L1GrowAllocTable).await;
         let at = self.allocate_row(clusters).await?;
         self.l1.resize(entries as usize);
         let bytes = self.l1.encode_all((clusters * g.cluster_size()) as usize);
@@ -126,11 +130,13 @@ impl Image {
 
     async fn place_l1(self: &Rc<Self>, at: HostCluster, bytes: Buf, entries: u64) -> Result<(), Errno> {
         let g = self.geometry;
+        self.event(DebugEvent::L1GrowWriteTable).await;
         self.file.write(g.host_offset(at).0, bytes).await?;
         // The counters of the new place have to be durable too (rule 1).
         if !mutant!("moved-l1-barrier") {
             self.write_back().await?;
         }
+        self.event(DebugEvent::L1GrowActivateTable).await;
         let before = {
             let mut h = self.header.borrow_mut();
             let before = (h.l1_offset, h.l1_size);
@@ -272,7 +278,9 @@ impl Image {
                 data.zero(size, end - size, true).await?;
             }
         }
+        self.event(DebugEvent::L1ShrinkFreeL2Clusters).await;
         self.write_back().await?;
+        self.event(DebugEvent::L1ShrinkWriteTable).await;
         self.drop_tables(g.l1_entries_for(size), self.l1.len() as u64).await
     }
 

@@ -20,6 +20,7 @@ use std::rc::Rc;
 use std::task::Poll;
 
 use ringblock_engine::Errno;
+use ringblock_engine::debug::DebugEvent;
 use ringblock_engine::driver::LocalFuture;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
@@ -180,6 +181,8 @@ impl Image {
             self.barrier().await?;
         }
         let at = self.header.borrow().reftable_offset.0;
+        self.event(DebugEvent::RefblockAllocHookup).await;
+        self.event(DebugEvent::ReftableUpdate).await;
         self.write_all(pieces.iter().map(|p| (at + p.offset, Buf::from_slice(&p.bytes))).collect()).await?;
         if mutant!("flush-after-reftable") { Ok(()) } else { self.barrier().await }
     }
@@ -189,10 +192,16 @@ impl Image {
         if copies.slices.is_empty() && copies.l1.is_empty() {
             return Ok(());
         }
-        let mut writes = self.slice_writes(&copies.slices);
-        let at = self.header.borrow().l1_offset.0;
-        writes.extend(copies.l1.iter().map(|p| (at + p.offset, Buf::from_slice(&p.bytes))));
-        self.write_all(writes).await?;
+        if !copies.slices.is_empty() {
+            self.event(DebugEvent::L2Update).await;
+            self.write_all(self.slice_writes(&copies.slices)).await?;
+        }
+        if !copies.l1.is_empty() {
+            self.event(DebugEvent::L1Update).await;
+            let at = self.header.borrow().l1_offset.0;
+            let pieces = copies.l1.iter().map(|p| (at + p.offset, Buf::from_slice(&p.bytes)));
+            self.write_all(pieces.collect()).await?;
+        }
         if mutant!("flush-after-pointers") { Ok(()) } else { self.barrier().await }
     }
 
