@@ -113,7 +113,12 @@ impl LogWrites {
         let entry = Entry { sector: range.start / sector, sectors, flags, data_len: 0 };
         let place = self.log.place(entry.data_sectors()).await?;
         self.unflushed.store(true, Ordering::Relaxed);
-        self.log.write(place, entry, times, "", body).await
+        let back = self.log.write(place, entry, times, "", body).await?;
+        if flags & flag::FUA != 0 {
+            // durable is durable: a log that is cut off here has it
+            self.log.settle(place).await?;
+        }
+        Ok(back)
     }
 
     /// Logs what a range, whole sectors, has now. What cannot be read cannot be logged.
