@@ -77,7 +77,7 @@ pub(super) fn run(seed: u64) -> Result<Live, String> {
     let new = create::create(&options).map_err(|e| e.message)?;
     let mut base = Image::default();
     base.set_len(new.file_size);
-    new.writes().into_iter().for_each(|(at, data)| base.write(at.0, &data));
+    new.writes().for_each(|(at, data)| base.write(at.0, &data));
     let base = base.to_bytes();
     let dir = TestDir::new("log");
     let (file, log) = (dir.file("disk"), dir.file("log"));
