@@ -21,8 +21,10 @@ use crate::args::Args;
 use crate::enumerate::{Budget, Tally, enumerate};
 use crate::judge::{Bad, Contract, Good, Judge, State};
 
-/// States of one run at most.
-const STATES: u64 = 12_000;
+/// Fewer states at each moment than of simulated runs, which cost nothing to make: all moments of a run are to be seen.
+fn budget(seed: u64, args: &Args) -> Budget {
+    Budget { bits: 6, random: 40, pairs: 20, until: args.until, ..Budget::quick(seed) }
+}
 
 /// Judges the image alone.
 #[derive(Default)]
@@ -66,8 +68,7 @@ fn runs(args: &Args) -> Result<bool, String> {
                 continue;
             }
         };
-        let budget = Budget { states: STATES, until: args.until, ..Budget::quick(seed) };
-        let tally = enumerate(&run.recording, &budget, &mut Contract::default());
+        let tally = enumerate(&run.recording, &budget(seed, args), &mut Contract::default());
         for (spot, bad) in &tally.failures {
             println!("run {seed}, state {spot}: {bad}");
             print!("{}", crate::spot::describe(&run.recording, spot));
