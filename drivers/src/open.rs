@@ -9,11 +9,13 @@
 //!                                └ children: child(ref, &cx.common, role) ─► ChildSpec ─► OpenCx::open_child
 //! ```
 
+use crate::filter::{blklogwrites, blkverify};
 use crate::format::raw::{self, RawConfig};
 use crate::open_qcow2;
 use crate::options::blockdev::{
-    BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsFile, BlockdevOptionsNull,
-    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
+    BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsBlklogwrites,
+    BlockdevOptionsBlkverify, BlockdevOptionsFile, BlockdevOptionsNull, BlockdevOptionsQcow2,
+    BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
 };
 use crate::options::types::{BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions};
 use crate::protocol::file::{FileConfig, FileDriver, locking};
@@ -117,6 +119,8 @@ pub(crate) fn spec(options: BlockdevOptions, common: Common, how: How) -> Result
 
 pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> Result<OpenFn, Error> {
     match &options.driver {
+        BlockdevDriver::Blklogwrites(o) => blklogwrites(o, common),
+        BlockdevDriver::Blkverify(o) => blkverify(o, common),
         BlockdevDriver::Blkdebug(o) => crate::filter::blkdebug::open_fn(o, common),
         BlockdevDriver::File(o) => file(o, common, false),
         BlockdevDriver::HostDevice(o) => file(o, common, true),
@@ -166,6 +170,29 @@ fn raw(o: &BlockdevOptionsRaw, common: &Common, how: How) -> Result<OpenFn, Erro
     let file = child(&o.file, common, Role::Data)?;
     Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
         Box::pin(raw::open(cx, config, file))
+    }))
+}
+
+fn blklogwrites(o: &BlockdevOptionsBlklogwrites, common: &Common) -> Result<OpenFn, Error> {
+    let append = o.log_append.unwrap_or(false);
+    if append && o.log_sector_size.is_some() {
+        return Err(Error::invalid("log-append and log-sector-size are mutually exclusive"));
+    }
+    let config = blklogwrites::Config {
+        sector_size: o.log_sector_size.unwrap_or(blklogwrites::SECTOR_SIZE),
+        append,
+        interval: o.log_super_update_interval.unwrap_or(blklogwrites::INTERVAL),
+    };
+    let (file, log) = (child(&o.file, common, Role::Filtered)?, child(&o.log, common, Role::Image)?);
+    Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
+        Box::pin(blklogwrites::open(cx, config, file, log))
+    }))
+}
+
+fn blkverify(o: &BlockdevOptionsBlkverify, common: &Common) -> Result<OpenFn, Error> {
+    let (test, raw) = (child(&o.test, common, Role::Data)?, child(&o.raw, common, Role::Filtered)?);
+    Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
+        Box::pin(blkverify::open(cx, test, raw))
     }))
 }
 

@@ -27,6 +27,13 @@ pub enum Event {
         /// Why.
         errno: crate::error::Errno,
     },
+    /// Two nodes that must be the same are not. The request that showed it fails by itself.
+    Mismatch {
+        /// Name of the node that compares.
+        node: String,
+        /// What differs, in words.
+        text: String,
+    },
 }
 
 /// Who is told.

@@ -118,6 +118,7 @@ fn tell(from: &Receiver<Event>, storage: &Storage, events: &Events) {
                 };
                 events.emit("BLOCK_IMAGE_CORRUPTED", &data);
             }
+            Event::Mismatch { text, .. } => eprintln!("{text}"),
             Event::IoError { root, class, errno } => {
                 names.retain(|_, (at, _)| at.elapsed() < REMEMBER);
                 let (_, node) = names.entry(root).or_insert_with(|| (Instant::now(), node_of(storage, root)));

@@ -17,7 +17,7 @@ mod rw;
 mod session;
 
 use crate::tool::getopt::{self, Opt, opt};
-use crate::tool::{Fail, Outcome, Tool, err, on_engine, out};
+use crate::tool::{Fail, Outcome, Tool, err, found_mismatch, on_engine, out};
 use ringblock_engine::core::Core;
 use session::Session;
 use std::io::BufRead;
@@ -117,8 +117,9 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
             } else {
                 let mut failed = false;
                 for line in &commands {
-                    failed |= !command::run(&mut session, line).await;
-                    if session.quit {
+                    failed |= !command::run(&mut session, line).await || found_mismatch();
+                    // where two nodes that must be the same are not, nothing that follows means anything
+                    if session.quit || found_mismatch() {
                         break;
                     }
                 }
@@ -127,7 +128,7 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
             breaks::let_go(&session);
             session.wait_all().await;
             session.close().await?;
-            Ok(i32::from(failed))
+            Ok(i32::from(failed || found_mismatch()))
         })
     })
 }
@@ -140,7 +141,7 @@ fn can_not_open(name: &str, message: &str) -> String {
 /// Commands from standard input; says whether one failed.
 async fn interactive(session: &mut Session) -> bool {
     let mut failed = false;
-    while !session.quit {
+    while !session.quit && !found_mismatch() {
         out(&format!("{}> ", session.tool.name));
         // waiting for the user must not stop requests under way
         let line = Core::current()

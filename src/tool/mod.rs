@@ -16,9 +16,11 @@ pub mod names;
 use ringblock_drivers::options::keyval;
 use ringblock_drivers::options::size::{self, BadSize};
 use ringblock_engine::driver::LocalFuture;
+use ringblock_engine::event::Event;
 use ringblock_engine::graph::Graph;
 use ringblock_engine::{Config, Engine, Error};
 use std::io::Write;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Who the user called: names in messages.
 #[derive(Clone, Debug)]
@@ -115,6 +117,13 @@ pub fn err(text: &str) {
     let _ = std::io::stderr().lock().write_all(text.as_bytes());
 }
 
+static MISMATCH: AtomicBool = AtomicBool::new(false);
+
+/// Whether a comparing node has found a difference in this run.
+pub fn found_mismatch() -> bool {
+    MISMATCH.load(Ordering::Relaxed)
+}
+
 /// Runs a tool's work on core 0 of a new engine, and closes what it leaves open.
 pub fn on_engine<M>(cores: usize, make: M) -> Outcome
 where
@@ -122,6 +131,12 @@ where
 {
     let config = Config { cores, pin: false, arena: 8 << 20, blocking_threads: 8 };
     let engine = Engine::start(&config)?;
+    engine.on_event(|event| {
+        if let Event::Mismatch { text, .. } = event {
+            MISMATCH.store(true, Ordering::Relaxed);
+            err(&format!("{text}\n"));
+        }
+    });
     engine.run(0, || {
         Box::pin(async move {
             let result = make().await;

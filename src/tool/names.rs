@@ -17,8 +17,11 @@ use std::os::unix::fs::FileTypeExt;
 
 /// Drivers that need no format above and no file below.
 const PROTOCOLS: &[&str] = &["file", "host_device", "null-co", "null-aio"];
-/// Filters, with the name of their child.
-const FILTERS: &[(&str, &str)] = &[("blkdebug", "image")];
+/// Filters, with the names of their children.
+const FILTERS: &[(&str, &[&str])] =
+    &[("blkdebug", &["image"]), ("blklogwrites", &["file", "log"]), ("blkverify", &["raw", "test"])];
+/// All edges that a file or a filter may stand at.
+const EDGES: &[&str] = &["file", "data-file", "image", "log", "raw", "test"];
 /// Formats that take a `file` child.
 const FORMATS: &[&str] = &["raw", "qcow2"];
 
@@ -34,6 +37,7 @@ pub fn protocol_node(name: &str) -> Result<Value, Error> {
         Some(("file", path)) => (None, path),
         Some(("host_device", path)) => (Some("host_device"), path),
         Some(("blkdebug", rest)) => return blkdebug_node(rest),
+        Some(("blkverify", rest)) => return blkverify_node(rest),
         Some((other, _)) => return Err(Error::invalid(format!("Unknown protocol '{other}'"))),
         None => (None, name),
     };
@@ -53,13 +57,22 @@ fn blkdebug_node(rest: &str) -> Result<Value, Error> {
     Ok(node)
 }
 
+/// `blkverify:RAW:TEST`, without the prefix; the second may have a prefix of its own.
+fn blkverify_node(rest: &str) -> Result<Value, Error> {
+    let Some((raw, test)) = rest.split_once(':') else {
+        return Err(Error::invalid("blkverify requires raw copy and original image path"));
+    };
+    let (raw, test) = (protocol_node(raw)?, protocol_node(test)?);
+    Ok(object([("driver", "blkverify".into()), ("raw", raw), ("test", test)]))
+}
+
 /// The path of a plain or `file:` name, if the name is one.
 pub fn plain_path(name: &str) -> Result<&str, Error> {
     match protocol(name) {
         None => Ok(name),
         Some(("file" | "host_device", path)) => Ok(path),
-        Some(("blkdebug", _)) => {
-            Err(Error::invalid("Protocol driver 'blkdebug' does not support image creation"))
+        Some((filter @ ("blkdebug" | "blkverify"), _)) => {
+            Err(Error::invalid(format!("Protocol driver '{filter}' does not support image creation")))
         }
         Some((other, _)) => Err(Error::invalid(format!("Unknown protocol '{other}'"))),
     }
@@ -133,9 +146,9 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
     match map.get("driver").and_then(Value::as_str) {
         Some(driver) => {
             known_driver(driver)?;
-            let filter = FILTERS.iter().find(|f| f.0 == driver).map(|f| f.1);
-            let edge = filter.or(FORMATS.contains(&driver).then_some("file"));
-            if let Some(edge) = edge.filter(|e| !map.contains_key(*e)) {
+            let format: &[&str] = if FORMATS.contains(&driver) { &["file"] } else { &[] };
+            let edges = FILTERS.iter().find(|f| f.0 == driver).map_or(format, |f| f.1);
+            if let Some(edge) = edges.iter().find(|e| !map.contains_key(**e)) {
                 return Err(Error::invalid(format!("A block device must be specified for \"{edge}\"")));
             }
         }
@@ -144,8 +157,8 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
         }
         None => {}
     }
-    for edge in ["file", "data-file", "image"] {
-        if let Some(child) = map.get_mut(edge) {
+    for edge in EDGES {
+        if let Some(child) = map.get_mut(*edge) {
             complete_file(child)?;
         }
     }
@@ -156,7 +169,7 @@ fn complete(mut tree: Value, format: Option<&str>) -> Result<Value, Error> {
 fn complete_file(child: &mut Value) -> Result<(), Error> {
     let Value::Object(map) = child else { return Ok(()) };
     if map.contains_key("driver") {
-        if map.contains_key("file") || map.contains_key("image") {
+        if EDGES.iter().any(|e| map.contains_key(*e)) {
             let taken = std::mem::take(map);
             *child = complete(Value::Object(taken), None)?;
         }
@@ -205,6 +218,11 @@ mod tests {
                 Some("raw"),
                 json!({"driver": "raw", "file": {"driver": "blkdebug", "config": "c", "image": file("./a:b")}}),
             ),
+            (
+                "blkverify:a:file:b",
+                Some("raw"),
+                json!({"driver": "raw", "file": {"driver": "blkverify", "raw": file("a"), "test": file("b")}}),
+            ),
             ("blkdebug::file:a", Some("blkdebug"), json!({"driver": "blkdebug", "image": file("a")})),
             ("/dev/null", None, json!({"file": {"driver": "host_device", "filename": "/dev/null"}})),
             (
@@ -225,6 +243,7 @@ mod tests {
         for (name, want) in [
             ("foo:bar", "Unknown protocol 'foo'"),
             ("nbd:x", "Unknown protocol 'nbd'"),
+            ("blkverify:x", "blkverify requires raw copy and original image path"),
             ("blkdebug:x", "blkdebug requires both config file and image path"),
             ("json:{'driver':'bad','file':{'filename':'a'}}", "Unknown driver 'bad'"),
             ("json:[]", "Invalid JSON object given"),
@@ -235,6 +254,8 @@ mod tests {
             ("a.qcow2", "Cannot find device='a.qcow2' nor node-name='a.qcow2'"),
             ("driver=blkdebug", "A block device must be specified for \"image\""),
             ("driver=qcow2", "A block device must be specified for \"file\""),
+            ("driver=blklogwrites,file.filename=a", "A block device must be specified for \"log\""),
+            ("driver=blkverify,test.filename=a", "A block device must be specified for \"raw\""),
             ("filename=a", "Must specify either driver or file"),
         ] {
             assert_eq!(from_options(opts).unwrap_err().message, want, "{opts}");

@@ -12,6 +12,8 @@
 //! Invariant: a filter holds no data back: what it has answered is in its child, and a flush goes down.
 
 pub mod blkdebug;
+pub mod blklogwrites;
+pub mod blkverify;
 
 use ringblock_engine::driver::{Op, Request};
 use ringblock_engine::error::Errno;

@@ -5,7 +5,9 @@
 //!                                                 ├─ null-co, null-aio   nothing at all
 //!                                                 ├─ blkdebug             image: BlockdevRef
 //!                                                 ├─ raw                 file: BlockdevRef
-//!                                                 └─ qcow2               file, backing, data-file: BlockdevRef
+//!                                                 ├─ qcow2               file, backing, data-file: BlockdevRef
+//!                                                 ├─ blklogwrites        file, log: BlockdevRef
+//!                                                 └─ blkverify           test, raw: BlockdevRef
 //! BlockdevRef     = options in place | name of an existing node
 //! ```
 
@@ -38,6 +40,10 @@ crate::qapi! {
     union BlockdevOptions {
         base: BlockdevOptionsBase,
         tag driver: BlockdevDriver = "driver",
+        /// A node whose changes are logged.
+        Blklogwrites(Box<BlockdevOptionsBlklogwrites>) = "blklogwrites",
+        /// Two nodes that must always be the same.
+        Blkverify(Box<BlockdevOptionsBlkverify>) = "blkverify",
         /// A filter that makes chosen requests fail, for tests.
         Blkdebug(Box<BlockdevOptionsBlkdebug>) = "blkdebug",
         /// A regular file of the host.
@@ -52,6 +58,28 @@ crate::qapi! {
         Qcow2(Box<BlockdevOptionsQcow2>) = "qcow2",
         /// The bytes of another node, or a part of them.
         Raw(Box<BlockdevOptionsRaw>) = "raw",
+    }
+
+    /// A node whose changes are logged, in the format of dm-log-writes.
+    struct BlockdevOptionsBlklogwrites {
+        /// The node that is changed.
+        file: BlockdevRef = "file",
+        /// The node that holds the log.
+        log: BlockdevRef = "log",
+        /// Bytes of a sector of a new log: a power of two from 32 to 8 MiB (default: 512).
+        log_sector_size: Option<u32> = "log-sector-size",
+        /// Whether the log that is there is continued (default: off).
+        log_append: Option<bool> = "log-append",
+        /// After how many entries the log's super block is written (default: 4096).
+        log_super_update_interval: Option<u64> = "log-super-update-interval",
+    }
+
+    /// Two nodes that must always be the same.
+    struct BlockdevOptionsBlkverify {
+        /// The node under test.
+        test: BlockdevRef = "test",
+        /// The node that it is compared with.
+        raw: BlockdevRef = "raw",
     }
 
     /// A file or device of the host.
@@ -306,6 +334,8 @@ impl BlockdevOptions {
     /// The nodes that this one names or defines, with the names of their edges, in the order in which they are opened.
     pub fn children(&self) -> Vec<(&'static str, &BlockdevRef)> {
         match &self.driver {
+            BlockdevDriver::Blklogwrites(o) => vec![("file", &o.file), ("log", &o.log)],
+            BlockdevDriver::Blkverify(o) => vec![("raw", &o.raw), ("test", &o.test)],
             BlockdevDriver::Blkdebug(o) => vec![("image", &o.image)],
             BlockdevDriver::Raw(o) => vec![("file", &o.file)],
             BlockdevDriver::Qcow2(o) => {

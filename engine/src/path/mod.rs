@@ -29,5 +29,5 @@ pub use stats::{OpClass, OpStats, Snapshot};
 pub use status::Above;
 
 pub(crate) use root::RootLocal;
-pub(crate) use serial::Serial;
+pub use serial::{Serial, Ticket};
 pub(crate) use zero::flush_node;

@@ -46,6 +46,7 @@ impl Serial {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// How many ranges are taken.
     pub fn active(&self) -> u32 {
         self.active.load(Ordering::SeqCst)
     }

@@ -16,6 +16,7 @@ mod cut;
 mod enumerate;
 mod hunt;
 mod judge;
+pub mod log;
 mod medium;
 mod record;
 pub mod short;

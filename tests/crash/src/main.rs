@@ -7,6 +7,7 @@ use std::process::ExitCode;
 type Command = fn(&[String]) -> bool;
 
 const COMMANDS: &[(&str, Command)] = &[
+    ("log", ringblock_crash::log::log),
     ("states", ringblock_crash::states::states),
     ("table", ringblock_crash::states::table),
     ("replay", ringblock_crash::states::replay),
