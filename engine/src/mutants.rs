@@ -42,7 +42,6 @@ pub const MUTANTS: &[(&str, &str)] = &[
     // the allocator and the counters
     ("reserve-counts", "rule 1: clusters are counted when they are reserved"),
     ("fresh-moves-on", "G2: clusters handed out once are not taken for never used again"),
-    ("new-block-content", "rule 2: a new refcount block is written before the table names it"),
     ("evicted-block", "rule 1: a changed refcount block is written before it leaves the cache"),
     ("grown-table-barrier", "rule 2: a larger refcount table is durable before the header names it"),
     (

@@ -16,7 +16,6 @@ use ringblock_drivers::options::size;
 use ringblock_drivers::options::{Mode, from_tree};
 use ringblock_drivers::protocol::file;
 use ringblock_engine::driver::{Flags, Preallocation};
-use ringblock_engine::mem::Buf;
 use ringblock_engine::{Errno, Error};
 use std::path::Path;
 
@@ -398,10 +397,7 @@ async fn write_layout(name: &str, image: &layout::NewImage) -> Result<(), Error>
         if file.format == "host_device" {
             file.root.write_zeroes(0, image.file_size, Flags::NONE).await?;
         }
-        for (at, bytes) in image.writes() {
-            file.root.write(at.0, Buf::from_slice(&bytes), Flags::NONE).await.0?;
-        }
-        file.root.flush().await
+        image.write_to(&file.root).await
     };
     let written = result.await.map_err(|e| Error::io(e, format!("Could not write '{name}'")));
     let closed = file.close().await;

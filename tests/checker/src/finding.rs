@@ -32,6 +32,13 @@ macro_rules! kinds {
     };
 }
 
+impl Kind {
+    /// Whether it follows from refcounts alone, which a dirty image may have wrong.
+    pub fn is_about_counts(self) -> bool {
+        matches!(self, Kind::TooFewRefs | Kind::CopiedL1 | Kind::CopiedL2 | Kind::Leak)
+    }
+}
+
 kinds! {
     Magic: "the magic number is wrong",
     Version: "the version is not 2 or 3",

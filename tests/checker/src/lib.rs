@@ -61,6 +61,8 @@ pub struct Report {
     pub refused: bool,
     /// References without a refcount, wrong flags, impossible entries.
     pub corruptions: u32,
+    /// Of these, what has nothing to do with refcounts: the dirty bit excuses none of it.
+    pub damages: u32,
     /// Clusters whose refcount is greater than the number of references.
     pub leaks: u32,
     /// Parts that could not be checked because something they hang on is broken.
@@ -124,6 +126,9 @@ impl Report {
 
     pub(crate) fn corrupt_times(&mut self, times: u32, kind: Kind, at: u64, value: u64) {
         self.corruptions = self.corruptions.saturating_add(times);
+        if !kind.is_about_counts() {
+            self.damages = self.damages.saturating_add(times);
+        }
         self.keep(Finding { kind, at, value });
     }
 

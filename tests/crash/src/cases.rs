@@ -1,5 +1,6 @@
 //! The kinds of images whose runs are recorded: small, so that tables and counters grow within tens of requests.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use ringblock_drivers::format::qcow2::create::{self, CreateOptions};
@@ -7,13 +8,16 @@ use ringblock_drivers::format::qcow2::{Qcow2, check::CheckReport, check::Repair}
 use ringblock_drivers::open;
 use ringblock_drivers::options::blockdev::BlockdevOptions;
 use ringblock_drivers::options::from_json;
-use ringblock_engine::driver::perm;
+use ringblock_drivers::protocol::file;
+use ringblock_engine::driver::{Preallocation, perm};
 use ringblock_engine::error::Error;
 use ringblock_engine::graph::{Graph, RootSpec};
 use ringblock_engine::host::sim::{Image, SECTOR, Setup, lock};
 use ringblock_engine::path::Root;
 use serde_json::{Value, json};
 
+use crate::past;
+pub use crate::past::Past;
 use crate::record::{Roles, Tape};
 
 /// One kind of image, on one kind of disk.
@@ -33,12 +37,36 @@ pub struct Case {
     pub unit: usize,
     /// How often it is chosen.
     pub weight: u32,
+    /// What happened to it before.
+    pub past: Past,
+    /// States of one run, at most: what takes long is looked at less.
+    pub most: u64,
+    /// A file without a format.
+    pub flat: bool,
 }
 
 impl Case {
     fn new(name: &'static str, cluster_size: u64, size: u64) -> Case {
         let options = CreateOptions { size, cluster_size, ..CreateOptions::default() };
-        Case { name, options, base: 0, more: json!({}), align: 1, unit: 512, weight: 4 }
+        let (past, most) = (Past::New, u64::MAX);
+        Case {
+            name,
+            options,
+            base: 0,
+            more: json!({}),
+            align: 1,
+            unit: 512,
+            weight: 4,
+            past,
+            most,
+            flat: false,
+        }
+    }
+
+    /// With this past.
+    pub fn past(mut self, past: Past) -> Case {
+        self.past = past;
+        self
     }
 
     fn with(mut self, change: impl FnOnce(&mut Case)) -> Case {
@@ -65,11 +93,14 @@ impl Case {
 
     /// Whether clusters can be written compressed.
     pub fn compresses(&self) -> bool {
-        self.options.data_file.is_none()
+        self.options.data_file.is_none() && !self.flat
     }
 
     /// A new image in a world, with a tape whose guests know what is in the backing file.
     pub fn start(&self, seed: u64, cores: usize) -> (Setup, Roles, Tape) {
+        if self.flat {
+            return self.start_flat(seed, cores);
+        }
         let new = create::create(&self.options).expect("valid options");
         let mut image = Image::default();
         image.set_len(new.file_size);
@@ -98,11 +129,42 @@ impl Case {
             setup = setup.file("/data", data);
             roles.data = Some("/data".into());
         }
-        (setup, roles, tape)
+        (past::live_through(self, setup, &tape, self.past), roles, tape)
+    }
+
+    fn start_flat(&self, seed: u64, cores: usize) -> (Setup, Roles, Tape) {
+        let mut image = Image::default();
+        image.set_len(self.options.size);
+        let mut setup = Setup::new(seed, cores).file("/img", image);
+        setup.align = self.align;
+        (setup, crate::judge::plain("/img", self.sectors()), Tape::new(self.sectors()))
+    }
+
+    /// Makes the image with the engine, in a world where its files are not there yet.
+    ///
+    /// # Errors
+    /// Those of the files.
+    pub async fn create(&self) -> Result<(), Error> {
+        let new = create::create(&self.options)?;
+        if let Some(size) = new.data_file_size {
+            file::create(Path::new("/data"), size, Preallocation::Off).await?;
+        }
+        file::create(Path::new("/img"), new.file_size, Preallocation::Off).await?;
+        let node = json!({"driver": "file", "node-name": "new", "filename": "/img"});
+        let root = attach(node, true).await?;
+        new.write_to(&root).await?;
+        let graph = Graph::current();
+        graph.detach(root).await?;
+        graph.del("new").await
     }
 
     /// The options of its node, called `n`.
     pub fn node(&self, read_only: bool) -> Value {
+        if self.flat {
+            return json!({
+                "driver": "file", "node-name": "n", "read-only": read_only, "discard": "unmap", "filename": "/img",
+            });
+        }
         let mut node = json!({
             "driver": "qcow2", "node-name": "n", "read-only": read_only, "discard": "unmap",
             "file": {"driver": "file", "filename": "/img"},
@@ -149,6 +211,9 @@ pub async fn own_check(repair: Repair) -> Result<CheckReport, Error> {
 pub fn cases() -> Vec<Case> {
     let data = |c: &mut Case| c.options.data_file = Some("data".into());
     let old = |c: &mut Case| c.options.version = 2;
+    // what was freed is still there
+    let keep = |c: &mut Case| c.more = json!({"discard": "ignore"});
+    let wide = |c: &mut Case| c.options.refcount_bits = 64;
     vec![
         Case::new("512", 512, 40 << 10).with(|c| {
             c.options.refcount_bits = 64;
@@ -188,5 +253,43 @@ pub fn cases() -> Vec<Case> {
         Case::new("blocks", 2048, 48 << 10).with(|c| (c.align, c.unit) = (4096, 4096)),
         Case::new("blocks-4k", 4096, 64 << 10).with(|c| (c.align, c.unit) = (4096, 4096)),
         Case::new("torn-4k", 1024, 48 << 10).with(|c| c.unit = 4096),
+        // with a past
+        Case::new("512-16", 512, 40 << 10).past(Past::Written),
+        Case::new("snapshot", 512, 40 << 10).past(Past::Snapshot),
+        Case::new("snapshot-4k", 4096, 64 << 10).past(Past::Snapshot),
+        Case::new("holes", 512, 24 << 10).past(Past::Holes).with(wide).with(keep),
+        Case::new("holes-2k", 2048, 48 << 10).past(Past::Holes).with(wide),
+        Case::new("gaps", 2048, 48 << 10).past(Past::Gaps).with(wide).with(keep),
+        Case::new("backed-written", 2048, 48 << 10).backed(120).past(Past::Written),
+        Case::new("worn", 512, 32 << 10).past(Past::Worn).with(|c| {
+            c.options.refcount_bits = 64;
+            (c.weight, c.most) = (1, 4000);
+        }),
+        Case::new("wide", 512, 200 << 10).with(|c| {
+            c.options.refcount_bits = 64;
+            (c.weight, c.most) = (1, 4000);
+        }),
+        // a disk that is about to need a larger L1 table
+        Case::new("tall", 512, (2 << 20) - (8 << 10)).with(|c| (c.weight, c.most) = (1, 600)),
     ]
+}
+
+/// Images that only some scenarios use: what is found there is not judged by the crash contract alone.
+pub fn special() -> Vec<Case> {
+    let small = |name, past| Case::new(name, 512, 40 << 10).past(past);
+    vec![
+        small("bitmap", Past::Bitmap),
+        small("foreign", Past::Foreign),
+        small("undercounted", Past::Undercounted),
+        small("miscounted", Past::Miscounted),
+        small("uncounted", Past::Uncounted),
+        small("cut-off", Past::CutOff),
+        Case::new("flat", 4096, 32 << 10).with(|c| c.flat = true),
+        Case::new("flat-blocks", 4096, 24 << 10).with(|c| (c.flat, c.align, c.unit) = (true, 4096, 4096)),
+    ]
+}
+
+/// The kind of this name.
+pub fn named(name: &str) -> Option<Case> {
+    cases().into_iter().chain(special()).find(|c| c.name == name)
 }

@@ -161,7 +161,7 @@ pub(crate) struct Walk<'a> {
 
 impl<'a> Walk<'a> {
     pub(crate) fn new(recording: &'a Recording, moments: u32, seed: u64) -> Walk<'a> {
-        Walk {
+        let mut walk = Walk {
             recording,
             medium: Medium::new(&recording.files, recording.unit),
             allowed: Allowed::new(recording.roles.sectors),
@@ -169,7 +169,9 @@ impl<'a> Walk<'a> {
             rng: Rng::new(seed),
             moments,
             fresh: false,
-        }
+        };
+        walk.go_to(recording.start);
+        walk
     }
 
     /// The next event happens. False at the end.

@@ -8,8 +8,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use ringblock_checker::{Checker, Files, Kind, Report};
-use ringblock_engine::host::sim::Image;
+use ringblock_checker::{Checker, Files, Report};
+use ringblock_engine::host::sim::{Event, Image};
 
 use crate::allowed::{Allowed, SECTOR, Wrong};
 use crate::cut::Cut;
@@ -26,6 +26,11 @@ pub struct State<'a> {
 }
 
 impl State<'_> {
+    /// Events that have happened.
+    pub fn at(&self) -> usize {
+        self.cut.at
+    }
+
     /// A file's bytes, if it is there.
     pub fn file(&self, path: &Path) -> Option<&[u8]> {
         Some(self.cut.file(self.paths.iter().position(|p| p == path)?))
@@ -52,13 +57,37 @@ impl State<'_> {
 
     /// The image's files, for the checker.
     pub fn of_image(&self) -> Files<'_> {
-        let roles = &self.recording.roles;
-        let at = |path: &Option<PathBuf>| path.as_ref().and_then(|p| self.file(p));
+        self.recording.roles.files(|path| self.file(path))
+    }
+}
+
+impl Roles {
+    /// The image's files for the checker, out of all there are.
+    fn files<'a>(&self, file: impl Fn(&Path) -> Option<&'a [u8]>) -> Files<'a> {
+        let at = |path: &Option<PathBuf>| path.as_ref().and_then(|p| file(p));
         Files {
-            image: self.file(&roles.image).unwrap_or_default(),
-            data: at(&roles.data),
-            backing: at(&roles.backing),
+            image: file(&self.image).unwrap_or_default(),
+            data: at(&self.data),
+            backing: at(&self.backing),
         }
+    }
+}
+
+impl Recording {
+    /// The event after which an operation has succeeded for the first time: 0 if there is none of this name.
+    pub fn succeeded(&self, operation: &str) -> usize {
+        let mine = |e: &&Event| matches!(e, Event::Operation { name, .. } if name == operation);
+        let good = |e: &Event| matches!(e, Event::Operation { name, ok: Some(true) } if name == operation);
+        match self.events.iter().find(mine) {
+            Some(_) => self.events.iter().position(good).map_or(usize::MAX, |at| at + 1),
+            None => 0,
+        }
+    }
+
+    /// The image's files at the beginning.
+    pub fn of_image(&self) -> Files<'_> {
+        let find = |path: &Path| self.files.iter().find(|f| f.0 == path).map(|f| f.1.as_slice());
+        self.roles.files(find)
     }
 }
 
@@ -118,15 +147,68 @@ pub trait Judge {
 pub struct Contract {
     checker: Checker,
     guest: Vec<u8>,
+    known: Known,
+}
+
+/// What is the same for all states of a run.
+#[derive(Debug, Default)]
+struct Known {
+    /// The run's trace.
+    trace: u64,
+    /// The event after which there must be an image.
+    made: usize,
+    /// What the internal snapshots hold.
+    snapshots: Vec<Vec<u8>>,
 }
 
 impl Judge for Contract {
     fn judge(&mut self, state: &State<'_>) -> Result<Good, Bad> {
-        self.look(&state.of_image(), state.allowed)
+        let files = state.of_image();
+        if self.known.trace != state.recording.trace {
+            self.known = Known {
+                trace: state.recording.trace,
+                made: state.recording.succeeded("create"),
+                snapshots: self.all_snapshots(&state.recording.of_image())?,
+            };
+        }
+        // a creation that was cut short leaves a file that is no image
+        if state.at() < self.known.made && self.checker.check(&files).refused {
+            return Ok(Good::default());
+        }
+        let good = self.look(&files, state.allowed)?;
+        self.look_at_snapshots(&files)?;
+        Ok(good)
     }
 }
 
 impl Contract {
+    /// Rule G4: snapshots are what they were.
+    fn look_at_snapshots(&mut self, files: &Files<'_>) -> Result<(), Bad> {
+        for (i, then) in self.known.snapshots.iter().enumerate() {
+            self.guest.resize(then.len(), 0);
+            let read = self.checker.read_snapshot(files, i, &mut self.guest);
+            read.map_err(|e| Bad::Corrupt(format!("snapshot {i}: {e}")))?;
+            if let Some(at) = self.guest.chunks(SECTOR).zip(then.chunks(SECTOR)).position(|(a, b)| a != b) {
+                return Err(Bad::Corrupt(format!("snapshot {i}: sector {at} has changed")));
+            }
+        }
+        Ok(())
+    }
+
+    fn all_snapshots(&mut self, files: &Files<'_>) -> Result<Vec<Vec<u8>>, Bad> {
+        // a run that begins with a new file, or with one that cannot be opened, has none
+        let sizes: Vec<u64> = match self.checker.snapshots(files) {
+            Ok(list) => list.iter().map(|s| s.disk_size).collect(),
+            Err(_) => Vec::new(),
+        };
+        let read = |(i, size): (usize, u64)| {
+            let mut content = vec![0; size as usize];
+            let read = self.checker.read_snapshot(files, i, &mut content);
+            read.map(|()| content).map_err(|e| Bad::Corrupt(format!("snapshot {i}: {e}")))
+        };
+        sizes.into_iter().enumerate().map(read).collect()
+    }
+
     /// The same for files from elsewhere.
     ///
     /// # Errors
@@ -156,8 +238,7 @@ impl Contract {
 
 /// Rules I2 and I4: with the dirty bit, counts and what follows from them may be wrong; nothing else.
 fn only_counts(report: &Report) -> bool {
-    let counts = |k: Kind| matches!(k, Kind::TooFewRefs | Kind::CopiedL1 | Kind::CopiedL2 | Kind::Leak);
-    !report.refused && report.check_errors == 0 && report.findings.iter().all(|f| counts(f.kind))
+    !report.refused && report.check_errors == 0 && report.damages == 0
 }
 
 /// The roles of a plain image at a path.

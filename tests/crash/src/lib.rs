@@ -12,13 +12,19 @@
 pub mod allowed;
 pub mod args;
 pub mod cases;
+mod craft;
 mod cut;
 mod enumerate;
 mod hunt;
 mod judge;
 pub mod log;
 mod medium;
+#[cfg(feature = "mutants")]
+pub mod mutants;
+mod past;
 mod record;
+pub mod scenarios;
+pub mod seeds;
 pub mod short;
 pub mod spot;
 pub mod states;

@@ -11,6 +11,9 @@ const COMMANDS: &[(&str, Command)] = &[
     ("states", ringblock_crash::states::states),
     ("table", ringblock_crash::states::table),
     ("replay", ringblock_crash::states::replay),
+    ("seeds", ringblock_crash::seeds::seeds),
+    #[cfg(feature = "mutants")]
+    ("mutants", ringblock_crash::mutants::mutants),
 ];
 
 fn main() -> ExitCode {

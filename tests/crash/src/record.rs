@@ -8,12 +8,14 @@
 //! Invariant: the same seed, files and program give the same recording.
 
 use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
 use ringblock_engine::driver::LocalFuture;
 use ringblock_engine::host::sim::{Event, Faults, Image, Journal, Oracle, Setup, World};
+use ringblock_engine::timer::Sleep;
 
 /// Which file is what.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,7 +31,7 @@ pub struct Roles {
 }
 
 /// A run that is over.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Recording {
     /// Bytes that land together: 512, or 4096.
     pub unit: usize,
@@ -39,6 +41,8 @@ pub struct Recording {
     pub files: Vec<(PathBuf, Vec<u8>)>,
     /// What happened.
     pub events: Vec<Event>,
+    /// Events before the run: what guests know of the files as they are at the beginning.
+    pub start: usize,
     /// The world's trace.
     pub trace: u64,
 }
@@ -93,13 +97,26 @@ pub fn record<T: 'static>(
         setup.files.iter().map(|(path, image)| (path.clone(), image.to_bytes())).collect();
     setup.journal = Some(tape.journal.clone());
     let journal = tape.journal.clone();
+    let start = journal.len();
     let (trace, value) = quietly(move || {
         let mut world = World::new(setup);
-        let value = world.run(move || program(tape));
+        let value = world.run(move || watched(program(tape)));
         (world.trace(), value)
     })?;
     let events = journal.take();
-    Ok((Recording { unit, roles, files, events, trace }, value))
+    Ok((Recording { unit, roles, files, events, start, trace }, value))
+}
+
+/// Virtual time after which a run is called endless, in ns.
+const ENDLESS: u64 = 300_000_000_000;
+
+/// A program that panics if it does not end.
+fn watched<T: 'static>(mut program: LocalFuture<'static, T>) -> LocalFuture<'static, T> {
+    let mut end = Box::pin(Sleep::ns(ENDLESS));
+    Box::pin(poll_fn(move |cx| {
+        assert!(end.as_mut().poll(cx).is_pending(), "the run does not end");
+        program.as_mut().poll(cx)
+    }))
 }
 
 /// A world for files that a crash left: one core, nothing goes wrong, as fast as it goes.

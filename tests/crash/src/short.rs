@@ -22,6 +22,8 @@ const KINDS: u32 = 12;
 const ONE: u32 = KINDS * 4;
 /// Sequences of one and of two requests, on two images.
 pub const COUNT: u32 = 2 * (ONE + ONE * ONE);
+/// The same, and sequences of three.
+pub const ALL: u32 = COUNT + 2 * ONE * ONE * ONE;
 /// Guest clusters of the places.
 const PLACES: [u64; 4] = [1, 2, 64, 128];
 
@@ -100,7 +102,8 @@ async fn one(case: &Case, tape: &Tape, root: Root, kind: u32, at: u64) -> Root {
     root
 }
 
-async fn write(tape: &Tape, root: Root, at: u64, sectors: usize, flags: Flags) {
+/// Writes sectors of new data.
+pub(crate) async fn write(tape: &Tape, root: Root, at: u64, sectors: usize, flags: Flags) {
     let first = (at / SECTOR) as usize;
     let mut buf = Buf::new(sectors * SECTOR as usize);
     let stamp = lock(&tape.oracle).write(first, &mut buf);
@@ -121,7 +124,8 @@ async fn zero(tape: &Tape, root: Root, at: u64, sectors: usize, flags: Flags) {
     lock(&tape.oracle).wrote(first..first + sectors, stamp, true);
 }
 
-async fn discard(tape: &Tape, root: Root, at: u64, sectors: usize) {
+/// Discards sectors.
+pub(crate) async fn discard(tape: &Tape, root: Root, at: u64, sectors: usize) {
     let first = (at / SECTOR) as usize;
     let stamp = lock(&tape.oracle).zero(first..first + sectors);
     root.discard(at, sectors as u64 * SECTOR).await.expect("a discard");

@@ -161,7 +161,8 @@ pub fn shrink(recording: &Recording, found: (Spot, Bad), judge: &mut dyn Judge) 
             best = next;
         }
         if round == 0 {
-            let earlier = (0..best.0.at).filter(|&at| at > 0 && interesting(&recording.events[at - 1]));
+            let earlier =
+                (recording.start + 1..best.0.at).filter(|&at| interesting(&recording.events[at - 1]));
             let found = earlier.map(|at| Spot { at, ..best.0.clone() });
             if let Some(next) = found.into_iter().find_map(|s| judged(&s).map(|bad| (s, bad))) {
                 best = next;

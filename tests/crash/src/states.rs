@@ -5,15 +5,20 @@
 //!   plan 0, 1, 2, … ─► threads ─► results in order of plans, until `count` states were looked at
 //! ```
 //!
+//! `--case short` takes every sequence of one and of two requests, `--case short3` those of three, until `--count` states.
+//!
 //! The same seed and count judge the same states, whatever the number of threads: results count in order of plans.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use ringblock_engine::host::sim::{Change, Event};
+
 use crate::args::Args;
-use crate::cases::{Case, cases};
+use crate::cases::{self, Case, cases};
 use crate::enumerate::{Budget, Tally};
 use crate::hunt::{Failure, examine};
 use crate::judge::Contract;
@@ -42,6 +47,8 @@ struct Results {
 struct Run<'a> {
     args: &'a Args,
     cases: Vec<Case>,
+    /// Every sequence of this range, instead of plans of all kinds.
+    sequences: Option<Range<u32>>,
     next: AtomicU64,
     enough: AtomicBool,
     results: Mutex<Results>,
@@ -57,10 +64,14 @@ impl Run<'_> {
         let mut judge = Contract::default();
         while !self.enough.load(Ordering::Relaxed) && !self.args.is_over() {
             let i = self.next.fetch_add(1, Ordering::Relaxed);
-            let plan = plan(&self.cases, i, self.args.seed);
+            let plan = match &self.sequences {
+                Some(s) if i >= u64::from(s.end - s.start) => return,
+                Some(s) => Plan { case: short::case(), work: Work::Short(s.start + i as u32), seed: i },
+                None => plan(&self.cases, i, self.args.seed),
+            };
             let deep = i % DEEP == DEEP - 1;
             let budget = if deep { Budget::full(plan.seed) } else { Budget::quick(plan.seed) };
-            let budget = Budget { until: self.args.until, ..budget };
+            let budget = Budget { until: self.args.until, states: plan.case.most, ..budget };
             let start = Instant::now();
             let (tally, failures) = examine(&plan, &budget, &mut judge);
             let done = Done { case: plan.case.name, tally, seconds: start.elapsed().as_secs_f64() };
@@ -100,17 +111,23 @@ impl Run<'_> {
 /// Runs plans on all threads until enough states were looked at.
 fn run(args: &Args) -> Result<(Results, f64), String> {
     let mut chosen = cases();
-    if let Some(name) = &args.case {
+    let sequences = match args.case.as_deref() {
+        Some("short") => Some(0..short::COUNT),
+        Some("short3") => Some(short::COUNT..short::ALL),
+        _ => None,
+    };
+    if let Some(name) = args.case.as_ref().filter(|_| sequences.is_none()) {
         chosen.retain(|c| c.name == name);
         if chosen.is_empty() {
             let names: Vec<_> = cases().iter().map(|c| c.name).collect();
-            return Err(format!("--case: one of {}", names.join(", ")));
+            return Err(format!("--case: one of short, short3, {}", names.join(", ")));
         }
     }
     let start = Instant::now();
     let run = Run {
         args,
         cases: chosen,
+        sequences,
         next: AtomicU64::new(0),
         enough: AtomicBool::new(false),
         results: Mutex::default(),
@@ -131,7 +148,7 @@ fn run(args: &Args) -> Result<(Results, f64), String> {
     Ok((results, start.elapsed().as_secs_f64()))
 }
 
-fn usage(result: Result<bool, String>) -> bool {
+pub(crate) fn usage(result: Result<bool, String>) -> bool {
     result.unwrap_or_else(|why| {
         eprintln!("crash: {why}");
         false
@@ -211,50 +228,76 @@ pub(crate) fn named(args: &Args) -> Result<Plan, String> {
     let name = args.case.as_deref().ok_or("--case is missing")?;
     let case = match name {
         "short" => short::case(),
-        _ => cases().into_iter().find(|c| c.name == name).ok_or_else(|| format!("no case '{name}'"))?,
+        _ => cases::named(name).ok_or_else(|| format!("no case '{name}'"))?,
     };
-    let work = match args.get("work").ok_or("--work is missing")? {
-        "guests" => Work::Guests,
-        "operations" => Work::Operations,
-        other => {
-            let number = other.strip_prefix("short").and_then(|n| n.parse().ok());
-            Work::Short(number.ok_or_else(|| format!("no work '{other}'"))?)
-        }
-    };
+    let work = args.get("work").ok_or("--work is missing")?.parse()?;
     Ok(Plan { case, work, seed: args.seed })
 }
 
 /// `crash replay`: one state of one run, judged again; with `--save DIR` its files are written there. Without `--state`
-/// the whole run is enumerated.
+/// the whole run is enumerated. With `--mutant NAME` one rule is left out, with `--events on`
+/// all that happened until then is printed.
 pub fn replay(args: &[String]) -> bool {
-    usage(Args::parse(args, 0).and_then(|args| {
-        let plan = named(&args)?;
-        let Some(state) = args.get("state") else {
-            let budget = Budget::full(plan.seed);
-            let (tally, failures) = examine(&plan, &budget, &mut Contract::default());
-            failures.iter().for_each(|f| println!("{f}"));
-            println!("{}", summary(&tally, 1, 1.0));
-            return Ok(tally.is_good());
-        };
-        let spot: crate::Spot = state.parse()?;
-        let recording = plan.record()?;
-        print!("{}", crate::spot::describe(&recording, &spot));
-        let save = args.get("save").map(std::path::PathBuf::from);
-        let found = crate::spot::visit(&recording, &spot, |state| {
-            if let Some(dir) = &save {
-                state.save(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
-            }
-            Ok::<_, String>(crate::Judge::judge(&mut Contract::default(), state))
-        });
-        match found.ok_or("the run has no such state")?? {
-            Ok(good) => {
-                println!("good: {} clusters leaked", good.leaks);
-                Ok(true)
-            }
-            Err(bad) => {
-                println!("{bad}");
-                Ok(false)
-            }
+    usage(Args::parse(args, 0).and_then(|args| with_mutant(&args, || again(&args))?))
+}
+
+#[cfg(feature = "mutants")]
+fn with_mutant<T>(args: &Args, run: impl FnOnce() -> T) -> Result<T, String> {
+    use ringblock_engine::mutants::{MUTANTS, with};
+    match args.get("mutant") {
+        Some(name) if MUTANTS.iter().all(|m| m.0 != name) => Err(format!("--mutant: no '{name}'")),
+        name => Ok(with(name, run)),
+    }
+}
+
+#[cfg(not(feature = "mutants"))]
+fn with_mutant<T>(args: &Args, run: impl FnOnce() -> T) -> Result<T, String> {
+    match args.get("mutant") {
+        Some(_) => Err("--mutant: built without the feature 'mutants'".to_owned()),
+        None => Ok(run()),
+    }
+}
+
+/// One event, a line.
+fn tell((i, event): (usize, &Event)) {
+    match event {
+        Event::Submitted { disk, id, change: Change::Data(off, data) } => {
+            println!("{:>5} Submitted {{ disk: {disk}, id: {id}, {} bytes at {off:#x} }}", i + 1, data.len());
         }
-    }))
+        other => println!("{:>5} {other:?}", i + 1),
+    }
+}
+
+fn again(args: &Args) -> Result<bool, String> {
+    let plan = named(args)?;
+    let Some(state) = args.get("state") else {
+        let budget = Budget::full(plan.seed);
+        let (tally, failures) = examine(&plan, &budget, &mut Contract::default());
+        failures.iter().for_each(|f| println!("{f}"));
+        println!("{}", summary(&tally, 1, 1.0));
+        return Ok(tally.is_good());
+    };
+    let spot: crate::Spot = state.parse()?;
+    let recording = plan.record()?;
+    if args.get("events") == Some("on") {
+        recording.events[..spot.at.min(recording.events.len())].iter().enumerate().for_each(tell);
+    }
+    print!("{}", crate::spot::describe(&recording, &spot));
+    let save = args.get("save").map(std::path::PathBuf::from);
+    let found = crate::spot::visit(&recording, &spot, |state| {
+        if let Some(dir) = &save {
+            state.save(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+        }
+        Ok::<_, String>(crate::Judge::judge(&mut Contract::default(), state))
+    });
+    match found.ok_or("the run has no such state")?? {
+        Ok(good) => {
+            println!("good: {} clusters leaked", good.leaks);
+            Ok(true)
+        }
+        Err(bad) => {
+            println!("{bad}");
+            Ok(false)
+        }
+    }
 }

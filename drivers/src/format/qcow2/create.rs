@@ -8,6 +8,9 @@
 //! ```
 //! Source: qcow2 specification; option checks as observed with `qemu-img create` 10.0.
 
+use ringblock_engine::driver::Flags;
+use ringblock_engine::mem::Buf;
+use ringblock_engine::path::Root;
 use ringblock_engine::units::HostOffset;
 use ringblock_engine::{Errno, Error};
 
@@ -306,6 +309,20 @@ pub fn create(options: &CreateOptions) -> Result<NewImage, Error> {
 }
 
 impl NewImage {
+    /// Writes everything into a file that reads as zeros. The tables are durable before the header makes an image of them.
+    ///
+    /// # Errors
+    /// Those of the file.
+    pub async fn write_to(&self, file: &Root) -> Result<(), Errno> {
+        for (at, bytes) in self.writes() {
+            if at.0 == 0 {
+                file.flush().await?;
+            }
+            file.write(at.0, Buf::from_slice(&bytes), Flags::NONE).await.0?;
+        }
+        file.flush().await
+    }
+
     /// The writes, in ascending order of place, in pieces of at most a cluster. All-zero pieces are left out. The
     /// header comes last, so that an interrupted creation leaves a file that is not an image.
     pub fn writes(&self) -> impl Iterator<Item = (HostOffset, Vec<u8>)> + '_ {

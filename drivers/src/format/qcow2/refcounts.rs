@@ -12,7 +12,7 @@
 //! All operations run one at a time under [`Refcounts::lock`].
 
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use ringblock_engine::Errno;
@@ -42,7 +42,8 @@ pub(super) struct Refcounts {
     file: Rc<dyn Store>,
     /// The refcount table.
     pub(super) table: Table,
-    blocks: RefCell<HashMap<ReftableIndex, Block>>,
+    /// In order, so that they are written in order, and in the same one in every run of a seed.
+    blocks: RefCell<BTreeMap<ReftableIndex, Block>>,
     limit: usize,
     clock: Cell<u64>,
     turn: Mutex<()>,
@@ -250,9 +251,7 @@ impl Refcounts {
             return Err(Errno::EIO);
         }
         raise(&*self.file, DebugEvent::RefblockAllocWrite).await;
-        if !mutant!("new-block-content") {
-            self.file.write(g.host_offset(at).0, Buf::from_slice(&bytes)).await?;
-        }
+        self.file.write(g.host_offset(at).0, Buf::from_slice(&bytes)).await?;
         let stamp = self.clock.get();
         self.blocks.borrow_mut().insert(i, Block { bytes, dirty: BTreeSet::new(), stamp });
         // Content first, then the entry: both before any L2 entry that relies on them (rule 2).

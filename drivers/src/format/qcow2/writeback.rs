@@ -88,7 +88,7 @@ impl Image {
     /// Waits for a group that starts after this call; starts it where none runs.
     pub(super) async fn write_back(self: &Rc<Self>) -> Result<(), Errno> {
         let group = &self.group;
-        let need = group.started.get() + u64::from(!mutant!("flush-own-group"));
+        let need = group.started.get() + u64::from(!(group.running.get() && mutant!("flush-own-group")));
         loop {
             if group.started.get() >= need && !group.running.get() {
                 return group.last.get().map_or(Ok(()), Err);
@@ -151,9 +151,12 @@ impl Image {
             data.flush().await.map_err(|e| self.set_poison(e))?;
         }
         let turn = self.refcounts.lock().await;
-        if !mutant!("counters-first") {
-            self.refcounts.write_dirty(&turn).await?;
+        if mutant!("counters-first") {
+            drop(turn);
+            self.write_pointers(copies).await?;
+            return self.refcounts.write_dirty(&self.refcounts.lock().await).await;
         }
+        self.refcounts.write_dirty(&turn).await?;
         if self.refcounts.table.is_dirty() {
             // The table may not move or change while pieces of it are on their way: the turn is kept.
             self.write_reftable().await?;

@@ -22,6 +22,8 @@ pub struct Guest {
     pub requests: u32,
     /// Sectors of one request, at most.
     pub longest: u64,
+    /// Half of all requests begin and end at multiples of this many sectors.
+    pub block: usize,
     /// Reads.
     pub reads: u64,
     /// Writes.
@@ -43,6 +45,7 @@ impl Guest {
             sectors,
             requests,
             longest: 48,
+            block: 1,
             reads: 60,
             writes: 75,
             zeroes: 13,
@@ -96,7 +99,12 @@ impl Guest {
     fn part(&self, of: &Range<usize>, rng: &mut Rng) -> Range<usize> {
         let first = of.start + rng.below((of.end - of.start) as u64) as usize;
         let n = 1 + rng.below(self.longest.min((of.end - first) as u64));
-        first..first + n as usize
+        let range = first..first + n as usize;
+        if self.block > 1 && rng.chance(500) {
+            let whole = range.start - range.start % self.block..range.end.next_multiple_of(self.block);
+            return whole.start.max(of.start)..whole.end.min(of.end);
+        }
+        range
     }
 
     async fn peek(&self, root: Root, oracle: &Arc<Mutex<Oracle>>, range: Range<usize>) {

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 use super::disk::Change;
 
 /// One thing that happened.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
     /// A file that was not there before.
     Created {
