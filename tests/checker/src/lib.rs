@@ -175,6 +175,11 @@ impl Checker {
         &self.report
     }
 
+    /// The end of the last cluster that anything of the last checked image names, even behind the end of the file.
+    pub fn referenced_end(&self) -> u64 {
+        self.tally.end
+    }
+
     /// The header of an image.
     ///
     /// # Errors

@@ -39,6 +39,8 @@ pub(crate) struct Tally {
     pub(crate) stored: Vec<u64>,
     /// The clusters that are compared: those of the file, and one more if it is named.
     pub(crate) compared: usize,
+    /// The end of the last cluster that is named, wherever the file ends.
+    pub(crate) end: u64,
     /// How often each aligned L2 table is named: by all L1 tables, and by the active one.
     named: Vec<(u32, u32)>,
     /// The L2 tables named, each once.
@@ -66,6 +68,7 @@ impl Tally {
         let image = files.image;
         let clusters = (image.len() as u64).div_ceil(header.cluster()) as usize;
         self.compared = clusters;
+        self.end = 0;
         self.references.clear();
         self.references.resize(clusters + 2, 0);
         self.named.clear();
@@ -117,6 +120,8 @@ impl Tally {
         }
         let bits = walk.header.cluster_bits;
         let end = u128::from(offset) + u128::from(len);
+        // offsets beyond the format's 56 bits are nowhere
+        self.end = self.end.max((end.div_ceil(1 << bits) << bits).min(1 << 56) as u64);
         if end >= walk.image.len() as u128 + u128::from(walk.header.cluster()) {
             return walk.report.corrupt_times(times, Kind::BeyondEnd, offset, len);
         }

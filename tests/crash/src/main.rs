@@ -7,6 +7,9 @@ use std::process::ExitCode;
 type Command = fn(&[String]) -> bool;
 
 const COMMANDS: &[(&str, Command)] = &[
+    ("agree", ringblock_crash::agree::command),
+    ("lazy", ringblock_crash::lazy::command),
+    ("repair", ringblock_crash::repair::command),
     ("states", ringblock_crash::states::states),
     ("table", ringblock_crash::states::table),
     ("replay", ringblock_crash::states::replay),
