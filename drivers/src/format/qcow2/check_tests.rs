@@ -345,3 +345,39 @@ fn interrupted_repairs_can_be_repeated() {
         }
     }
 }
+
+/// An image whose first refcount table entry, and whose header, can be pointed elsewhere; and its first data cluster.
+fn with_tables(dir: &Scratch) -> (Vec<u8>, usize, u64) {
+    let good = sample(dir, "cluster_size=4k");
+    std::fs::write(dir.path("good.qcow2"), &good).unwrap();
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let table = word(48) as usize;
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let data = word(l2) & 0x00ff_ffff_ffff_fe00;
+    (good, table, data)
+}
+
+/// Goal: where an old refcount structure lay over something else, that has one reference after a rebuild, and its COPIED flag
+/// says so. Method: a refcount block, and the table, over a data cluster and over the header; one full repair is enough.
+#[test]
+fn structures_over_something_else_are_given_up() {
+    let dir = Scratch::new();
+    let (good, table, data) = with_tables(&dir);
+    for (what, at, value) in [
+        ("a block over data", table, data),
+        ("the table over data", 48, data),
+        ("the table over the header", 48, 0),
+        ("the table over itself as a block", table, table as u64),
+    ] {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        let (report, fixed) = ours(bytes, Repair::All);
+        assert!(report.as_ref().is_ok_and(CheckReport::is_clean), "{what}: {report:?}");
+        let (rc, out) = peer(&dir, &fixed);
+        assert_eq!(rc, 0, "{what}: {out}");
+        let (rc, out, err) =
+            qemu_img(&dir, &["compare", "-f", "qcow2", "-F", "qcow2", "b.qcow2", "good.qcow2"]);
+        assert_eq!(rc, 0, "{what}: {out}{err}");
+        assert!(ours(fixed.clone(), Repair::All).1 == fixed, "{what}: repair is a fixpoint");
+    }
+}

@@ -53,6 +53,9 @@ pub(super) async fn lengthen(check: &Check<'_>, said: &mut Vec<String>) -> Resul
 /// Repairs what the check found, tells what was done, and returns the number of COPIED flags put right. The header is left
 /// as a repair on its way has it: [`finish`] ends it.
 pub(super) async fn run(check: &mut Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
+    let rebuilds = fix == Repair::All && check.missing;
+    // What the old structures lie on counts for whatever else is there: they are given up.
+    let freed = if rebuilds { give_up(check) } else { Vec::new() };
     let (clear, set) = flags(check, fix, Pass::Count, said).await?;
     let corrupt = fix == Repair::All && check.report.corruptions > 0;
     if (corrupt || clear + set > 0) && !check.header.has(incompatible::DIRTY) && check.header.version >= 3 {
@@ -63,9 +66,12 @@ pub(super) async fn run(check: &mut Check<'_>, fix: Repair, said: &mut Vec<Strin
         flags(check, fix, Pass::Clear, said).await?;
         flush(check.file).await?;
     }
-    if fix == Repair::All && check.missing {
+    if rebuilds {
         said.push("Rebuilding refcount structure".to_owned());
-        rebuild(check, said).await?;
+        for c in freed {
+            tell(said, || format!("Repairing cluster {c} refcount=1 reference=0"));
+        }
+        rebuild(check).await?;
     } else if check.report.leaks > 0 || check.report.corruptions > 0 {
         adjust(check, fix, said).await?;
     }
@@ -137,22 +143,24 @@ async fn adjust(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Resul
     flush(check.file).await
 }
 
-/// Writes new blocks and a new table behind everything, and makes the header name them.
-async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
+/// Takes away the references to the old table and its blocks, and lists the clusters that had no other. They stay until the
+/// new ones are in force: the space they hold becomes free and not part of the new structure.
+fn give_up(check: &mut Check<'_>) -> Vec<u64> {
     let g = check.g;
-    let order = g.refcount_order;
-    // The old table and blocks are not needed any more, but they stay until the new ones are in force, so the space they
-    // hold becomes free and not part of the new structure.
     let mut freed = Vec::new();
-    for &at in &check.reftable {
+    for &at in check.reftable.iter().filter(|&&at| at != 0) {
         forget(&mut check.refs.0, at, g.cluster_size(), g.cluster_bits, &mut freed);
     }
     let old_bytes = u64::from(check.header.reftable_clusters) << g.cluster_bits;
     forget(&mut check.refs.0, check.header.reftable_offset.0, old_bytes, g.cluster_bits, &mut freed);
     freed.sort_unstable();
-    for c in freed {
-        tell(said, || format!("Repairing cluster {c} refcount=1 reference=0"));
-    }
+    freed
+}
+
+/// Writes new blocks and a new table behind everything, and makes the header name them.
+async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
+    let g = check.g;
+    let order = g.refcount_order;
     let refs = &check.refs.0;
     let end = refs.len() as u64;
     let used = |b: u64| {
@@ -199,7 +207,7 @@ async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Er
 
 /// Takes one reference away from each cluster of a range, and lists those of which it was the only one.
 fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32, freed: &mut Vec<u64>) {
-    if at == 0 || len == 0 {
+    if len == 0 {
         return;
     }
     for c in at >> bits..=(at + len - 1) >> bits {
