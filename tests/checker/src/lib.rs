@@ -118,6 +118,12 @@ impl Report {
         }
     }
 
+    /// The image cannot be opened.
+    pub(crate) fn refuse(&mut self, kind: Kind, at: u64, value: u64) {
+        self.refused = true;
+        self.keep(Finding { kind, at, value });
+    }
+
     pub(crate) fn corrupt(&mut self, kind: Kind, at: u64, value: u64) {
         self.corrupt_times(1, kind, at, value);
     }

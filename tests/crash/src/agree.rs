@@ -97,12 +97,12 @@ fn trial(sources: &Sources, args: &Args, number: u64) -> Figures {
         let mut what = subject.name.clone();
         let mut own = rng.fork();
         let steps = if mutant { 0 } else { own.pick(&[0, 1, 1, 2, 3]) };
-        let fields = own.chance(600);
-        for _ in 0..steps {
-            let Some(layout) = Layout::of(&subject.of_image()) else { break };
+        if let Some(layout) = Layout::of(&subject.of_image()) {
             let image = subject.image_mut();
-            let text = if fields { layout.mutate(image, &mut own) } else { layout.hurt(image, &mut own) };
-            what += &format!(", {text}");
+            what += &match own.chance(600) {
+                true => (0..steps).map(|_| format!(", {}", layout.mutate(image, &mut own))).collect(),
+                false => format!(": {}", layout.hurt(image, steps, &mut own)),
+            };
         }
         if args.get("image").is_some_and(|n| n != i.to_string()) {
             continue;

@@ -15,6 +15,8 @@ use ringblock_engine::host::sim::Rng;
 const OFFSET: u64 = 0x00ff_ffff_ffff_fe00;
 const COPIED: u64 = 1 << 63;
 const COMPRESSED: u64 = 1 << 62;
+/// The last kind of damage.
+const TABLE: u64 = 15;
 
 /// Where things are in an image.
 pub(crate) struct Layout {
@@ -144,17 +146,23 @@ impl Layout {
         ends.last().copied().unwrap_or(0).next_multiple_of(cluster)
     }
 
-    /// Something is damaged. In words, what.
-    pub(crate) fn hurt(&self, image: &mut Vec<u8>, rng: &mut Rng) -> String {
-        match rng.below(16) {
+    /// Some things are damaged. In words, what. Counters first and the refcount table last: what is reached through a table
+    /// that is damaged already could be anything.
+    pub(crate) fn hurt(&self, image: &mut Vec<u8>, count: u64, rng: &mut Rng) -> String {
+        let mut kinds: Vec<u64> = (0..count).map(|_| rng.below(16)).collect();
+        kinds.sort_unstable();
+        kinds.dedup_by(|a, b| (*a, *b) == (TABLE, TABLE));
+        let mut one = |kind| match kind {
             0..=2 => self.leak(image, rng),
             3..=5 => self.too_low(image, rng),
-            6 | 7 => self.block_entry(image, rng),
-            8 => self.table(image, rng),
-            9..=11 => self.copied(image, rng),
-            12 | 13 => self.dirty(image),
-            _ => self.short(image, rng),
-        }
+            6..=8 => self.copied(image, rng),
+            9 | 10 => self.dirty(image),
+            11 | 12 => self.short(image, rng),
+            TABLE => self.table(image, rng),
+            _ => self.block_entry(image, rng),
+        };
+        let said: Vec<String> = kinds.into_iter().map(&mut one).collect();
+        said.join(", ")
     }
 
     /// Some field of some table has another value, whatever it does to the guest.

@@ -226,11 +226,9 @@ impl Sources {
 /// One image, damaged and recovered.
 fn one(subject: &mut Subject, hurts: u64, rng: &mut Rng, save: Option<&str>) -> Figures {
     let mut figures = Figures::default();
-    let mut what = subject.name.clone();
-    for _ in 0..hurts {
-        let Some(layout) = Layout::of(&subject.of_image()) else { return figures };
-        what += &format!(", {}", layout.hurt(subject.image_mut(), rng));
-    }
+    let Some(layout) = Layout::of(&subject.of_image()) else { return figures };
+    let damage = layout.hurt(subject.image_mut(), hurts, rng);
+    let what = format!("{}: {damage}", subject.name);
     let mode = rng.pick(&[Mode::Leaks, Mode::All, Mode::All, Mode::Open, Mode::Open]);
     let v3 = subject.image().get(7) == Some(&3);
     if mode == Mode::Open && v3 && rng.chance(800) {

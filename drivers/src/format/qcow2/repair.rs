@@ -250,14 +250,11 @@ async fn flags(
         }
         let what = format!("L2 cluster: l1_index={i} l1_entry");
         count(flag(check, fix, pass, entry, l2, &what, said));
-        if check.format.external_data {
-            continue;
-        }
         let mut words = check.read_l2(HostOffset(l2)).await?;
         let mut changed = (0, 0);
         for word in words.iter_mut().step_by(step) {
             let Some(at) = copied_matters(*word) else { continue };
-            let (clear, set) = flag(check, fix, pass, word, at, "data cluster: l2_entry", said);
+            let (clear, set) = flag(check, fix, pass, word, at, DATA, said);
             changed = (changed.0 + clear, changed.1 + set);
         }
         count(changed);
@@ -272,6 +269,9 @@ async fn flags(
     Ok(sum)
 }
 
+/// An L2 entry, for messages. With an external data file its cluster has no refcount, and counts as 1.
+const DATA: &str = "data cluster: l2_entry";
+
 /// One flag of one entry that names the cluster at `at`: (1, 0) if it is to be cleared, (0, 1) if it is to be set.
 fn flag(
     check: &Check<'_>,
@@ -283,9 +283,11 @@ fn flag(
     said: &mut Vec<String>,
 ) -> (u64, u64) {
     let c = (at >> check.g.cluster_bits) as usize;
-    let n = check.refs.0.get(c).map_or(0, |&n| u64::from(n));
+    let outside = what == DATA && check.format.external_data;
+    let n = if outside { 1 } else { check.refs.0.get(c).map_or(0, |&n| u64::from(n)) };
     // A counter that stays too low must not be trusted to be 1.
-    let low = fix == Repair::Leaks && (n == 0 || check.stored.get(c).is_some_and(|&have| have < n));
+    let counted = || n > 0 && check.stored.get(c).is_none_or(|&have| have >= n);
+    let low = fix == Repair::Leaks && !outside && !counted();
     let want = if n == 1 { *word | COPIED } else { *word & !COPIED };
     if low || want == *word {
         return (0, 0);
