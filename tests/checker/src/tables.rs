@@ -305,7 +305,9 @@ impl Tally {
             walk.report.corrupt(Kind::SnapshotsData, 60, snapshots.len() as u64);
         }
         for snapshot in snapshots {
-            if !walk.header.aligned(snapshot.l1_offset) || snapshot.l1_size > MAX_L1_ENTRIES {
+            if snapshot.l1_offset > i64::MAX as u64 {
+                walk.report.refuse(Kind::SnapshotL1, snapshot.l1_offset, snapshot.l1_size.into());
+            } else if !walk.header.aligned(snapshot.l1_offset) || snapshot.l1_size > MAX_L1_ENTRIES {
                 walk.report.corrupt(Kind::SnapshotL1, snapshot.l1_offset, snapshot.l1_size.into());
             } else {
                 self.l1(walk, snapshot.l1_offset, snapshot.l1_size, false);

@@ -130,7 +130,8 @@ fn one(folder: &Folder, subject: &Subject, what: &str) -> Figures {
     figures.codes[theirs.code as usize] += 1;
     if mine != peer {
         figures.checker += 1;
-        let text = format!("{what}: checker {mine:?}: {}\n  peer {peer:?}: {}", report.explain(), theirs.text);
+        let text =
+            format!("{what}: checker {mine:?}: {}\n  peer {peer:?}: {}", report.explain(), theirs.text);
         figures.failures.push(text);
     }
     let own = match single(subject, Mode::Look, 1) {

@@ -224,9 +224,8 @@ impl Layout {
     }
 
     fn too_low(&self, image: &mut [u8], rng: &mut Rng) -> String {
-        let used: Vec<u64> = (0..self.clusters(image))
-            .filter(|&c| self.refcount(image, c).is_some_and(|n| n > 0))
-            .collect();
+        let used: Vec<u64> =
+            (0..self.clusters(image)).filter(|&c| self.refcount(image, c).is_some_and(|n| n > 0)).collect();
         if used.is_empty() {
             return "nothing".into();
         }
@@ -273,7 +272,8 @@ impl Layout {
             return "nothing".into();
         }
         let mut at = rng.pick(&l1);
-        let l2: Vec<u64> = self.l2_entries(image, at).into_iter().filter(|&at| be64(image, at) & OFFSET != 0).collect();
+        let l2: Vec<u64> =
+            self.l2_entries(image, at).into_iter().filter(|&at| be64(image, at) & OFFSET != 0).collect();
         if !l2.is_empty() && rng.chance(700) {
             at = rng.pick(&l2);
         }

@@ -107,7 +107,9 @@ fn requests(rng: &mut Rng, size: u64, cluster: u64, count: u32, packed: bool) ->
             0 | 1 => format!("write -z {at} {len}"),
             2 => format!("write -z -u {at} {len}"),
             3 | 4 => format!("discard {at} {len}"),
-            5 | 6 if packed => format!("write -c -P {} {} {cluster}", rng.between(1, 250), at / cluster * cluster),
+            5 | 6 if packed => {
+                format!("write -c -P {} {} {cluster}", rng.between(1, 250), at / cluster * cluster)
+            }
             7 | 8 => "flush".to_owned(),
             _ => format!("write -P {} {at} {len}", rng.between(1, 250)),
         }
@@ -155,7 +157,8 @@ impl Recipe {
 /// # Panics
 /// If the peer's tools are missing or fail.
 pub fn images(seed: u64) -> Vec<Subject> {
-    let make = |(i, r): (usize, &Recipe)| r.make(&Folder::new(), seed.wrapping_mul(31).wrapping_add(i as u64));
+    let make =
+        |(i, r): (usize, &Recipe)| r.make(&Folder::new(), seed.wrapping_mul(31).wrapping_add(i as u64));
     RECIPES.iter().enumerate().map(make).collect()
 }
 

@@ -41,7 +41,8 @@ impl Before {
         let content = Content::read(checker, &files).ok()?;
         let report = checker.check(&files).clone();
         let header = Checker::header(&files).ok()?;
-        let end = checker.referenced_end().max((subject.image().len() as u64).next_multiple_of(header.cluster()));
+        let end =
+            checker.referenced_end().max((subject.image().len() as u64).next_multiple_of(header.cluster()));
         Some(Before { content, report, end, reftable: header.reftable_offset })
     }
 }
@@ -57,14 +58,20 @@ struct Again<'a> {
 impl Judge for Again<'_> {
     fn judge(&mut self, state: &State<'_>) -> Result<Good, Bad> {
         let cut = self.subject.of_files(state);
-        let now = Before::of(&cut, &mut self.checker).ok_or_else(|| Bad::Corrupt("it cannot be read".into()))?;
+        let now =
+            Before::of(&cut, &mut self.checker).ok_or_else(|| Bad::Corrupt("it cannot be read".into()))?;
         if let Some(how) = self.before.content.difference(&now.content) {
             return Err(Bad::Lost(format!("when the power was cut: {how}")));
         }
         no_worse(&self.before.report, &now.report).map_err(Bad::Corrupt)?;
         // the same way again, mostly; the choice hangs on the state alone
-        let mut rng = Rng::new(cut.image().iter().fold(7, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)));
-        let mode = if rng.chance(600) { self.mode } else { rng.pick(&[Mode::Leaks, Mode::All, Mode::All, Mode::Open]) };
+        let mut rng =
+            Rng::new(cut.image().iter().fold(7, |h, &b| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)));
+        let mode = if rng.chance(600) {
+            self.mode
+        } else {
+            rng.pick(&[Mode::Leaks, Mode::All, Mode::All, Mode::Open])
+        };
         after(&cut, mode, &now, &mut self.checker)?;
         Ok(Good { leaks: now.report.leaks, dirty: now.report.dirty })
     }
@@ -74,7 +81,8 @@ impl Judge for Again<'_> {
 fn after(subject: &Subject, mode: Mode, before: &Before, checker: &mut Checker) -> Result<(), Bad> {
     let result = twice(subject, mode, 1).map_err(Bad::Panic)?;
     let then = subject.with(result.files);
-    let now = Before::of(&then, checker).ok_or_else(|| Bad::Corrupt(format!("{mode:?}: it cannot be read")))?;
+    let now =
+        Before::of(&then, checker).ok_or_else(|| Bad::Corrupt(format!("{mode:?}: it cannot be read")))?;
     if let Some(how) = before.content.difference(&now.content) {
         return Err(Bad::Lost(format!("after {mode:?}: {how}")));
     }
@@ -134,7 +142,9 @@ fn no_worse(was: &Report, is: &Report) -> Result<(), String> {
         _ => is.corruptions + is.check_errors > was.corruptions + was.check_errors,
     };
     match worse {
-        true => Err(format!("worse than before: {} (before: {})", is.explain(), was.explain()).replace('\n', ";")),
+        true => {
+            Err(format!("worse than before: {} (before: {})", is.explain(), was.explain()).replace('\n', ";"))
+        }
         false => Ok(()),
     }
 }

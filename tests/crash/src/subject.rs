@@ -74,7 +74,8 @@ impl Subject {
 
     /// A state of a run with this kind of image.
     pub fn of_state(case: &Case, state: &State<'_>) -> Subject {
-        let files = state.paths.iter().enumerate().map(|(i, path)| (path.clone(), state.cut.file(i).to_vec()));
+        let files =
+            state.paths.iter().enumerate().map(|(i, path)| (path.clone(), state.cut.file(i).to_vec()));
         Subject {
             name: case.name.to_owned(),
             files: files.collect(),

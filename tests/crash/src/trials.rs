@@ -32,11 +32,22 @@ pub(crate) fn rng(args: &Args, trial: u64) -> Rng {
     Rng::new(args.seed.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(trial.wrapping_mul(0x5851_f42d)))
 }
 
+/// With `--mutant NAME` an ordering mutant is alive meanwhile: the proof that a command can fail.
+fn under<T>(args: &Args, f: impl FnOnce() -> T) -> T {
+    match args.get("mutant") {
+        #[cfg(feature = "mutants")]
+        Some(name) => ringblock_engine::mutants::with(Some(name), f),
+        #[cfg(not(feature = "mutants"))]
+        Some(name) => panic!("--mutant {name}: built without the mutants"),
+        None => f(),
+    }
+}
+
 /// Runs trials; with `--trial` just that one. Failures are printed as they come. Returns the sum and the seconds taken.
 pub(crate) fn run<S: Sum>(args: &Args, trial: impl Fn(u64) -> S + Sync) -> (S, f64) {
     let start = Instant::now();
     if let Some(only) = args.get("trial").and_then(|t| t.parse().ok()) {
-        let sum = trial(only);
+        let sum = under(args, || trial(only));
         sum.failures().iter().for_each(|f| println!("trial {only}: {f}"));
         return (sum, start.elapsed().as_secs_f64());
     }
@@ -51,7 +62,7 @@ pub(crate) fn run<S: Sum>(args: &Args, trial: impl Fn(u64) -> S + Sync) -> (S, f
             scope.spawn(|| {
                 while !args.is_over() && !enough() {
                     let number = next.fetch_add(1, Ordering::Relaxed);
-                    let done = trial(number);
+                    let done = under(args, || trial(number));
                     let mut sum = lock();
                     done.failures().iter().for_each(|f| println!("trial {number}: {f}"));
                     sum.add(done);

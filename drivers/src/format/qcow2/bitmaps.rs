@@ -72,7 +72,12 @@ impl BitmapEntry {
 }
 
 /// Walks a directory.
-pub(super) fn parse(directory: &[u8], count: u32, g: &Geometry, disk: u64) -> Result<Vec<BitmapEntry>, Error> {
+pub(super) fn parse(
+    directory: &[u8],
+    count: u32,
+    g: &Geometry,
+    disk: u64,
+) -> Result<Vec<BitmapEntry>, Error> {
     let bad = || Error::invalid("Broken bitmap directory");
     let mut out = Vec::new();
     let mut at = 0usize;

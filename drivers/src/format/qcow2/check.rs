@@ -15,9 +15,9 @@
 
 use std::collections::HashMap;
 
-use ringblock_engine::Error;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::units::HostOffset;
+use ringblock_engine::{Errno, Error};
 
 use super::entry::{
     Allocation, BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK,
@@ -208,6 +208,12 @@ impl<'a> Check<'a> {
             if h.version >= 3 && s.extra.len() < snapshot_table::EXTRA_V3 {
                 self.report.corrupt(format!("snapshot table entry {i} is incomplete"));
                 self.report.incomplete_snapshots += 1;
+            }
+            if s.l1_offset.0 > i64::MAX as u64 {
+                return Err(Error::io(
+                    Errno::EIO,
+                    format!("snapshot table entry {i}: no file reaches its L1 table"),
+                ));
             }
             if let Err(e) = s.check_l1(&self.g) {
                 self.report.corrupt(format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));

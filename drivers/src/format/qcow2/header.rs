@@ -15,9 +15,7 @@ use ringblock_engine::{Errno, Error};
 
 use super::bytes::{be32, be64, put32, put64};
 use super::extensions::Extensions;
-use super::geometry::{
-    Geometry, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS,
-};
+use super::geometry::{Geometry, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS};
 
 /// The magic number: "QFI" and 0xfb.
 pub const MAGIC: u32 = 0x5146_49fb;
