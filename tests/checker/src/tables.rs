@@ -417,7 +417,7 @@ impl Bitmap {
     /// The constraints of the format, and the peer's limits.
     fn is_valid(&self, header: &Header) -> bool {
         let bytes = u64::from(self.entries) << header.cluster_bits;
-        let covered = u128::from(bytes) * 8 << self.granularity.min(63);
+        let covered = (u128::from(bytes) * 8) << self.granularity.min(63);
         self.table != 0
             && header.aligned(self.table)
             && self.entries != 0

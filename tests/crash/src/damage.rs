@@ -77,7 +77,7 @@ impl Layout {
 
     /// Bits of a refcount, and counters of a block.
     fn counters(&self) -> (u32, u64) {
-        (1 << self.header.refcount_order, self.cluster() * 8 >> self.header.refcount_order)
+        (1 << self.header.refcount_order, (self.cluster() * 8) >> self.header.refcount_order)
     }
 
     /// The counter of a cluster, if it has one.
@@ -90,7 +90,7 @@ impl Layout {
             64 => Some(be64(image, at as u64)),
             8.. => {
                 let bytes = image.get(at..at + bits as usize / 8)?;
-                Some(bytes.iter().fold(0, |n, &b| n << 8 | u64::from(b)))
+                Some(bytes.iter().fold(0, |n, &b| (n << 8) | u64::from(b)))
             }
             _ => Some(u64::from(image.get(at)? >> (bit % 8)) & ((1 << bits) - 1)),
         }
@@ -109,14 +109,14 @@ impl Layout {
             }
         } else if let Some(byte) = image.get_mut(at) {
             let mask = ((1u16 << bits) - 1) as u8;
-            *byte = *byte & !(mask << (bit % 8)) | (value as u8 & mask) << (bit % 8);
+            *byte = (*byte & !(mask << (bit % 8))) | ((value as u8 & mask) << (bit % 8));
         }
     }
 
     fn block(&self, image: &[u8], index: u64) -> Option<u64> {
         let count = (u64::from(self.header.reftable_clusters) << self.header.cluster_bits) / 8;
         let entry = be64(image, self.header.reftable_offset + 8 * index.min(count));
-        let good = index < count && entry != 0 && entry % self.cluster() == 0;
+        let good = index < count && entry != 0 && entry.is_multiple_of(self.cluster());
         (good && entry < image.len() as u64).then_some(entry)
     }
 
@@ -177,7 +177,7 @@ impl Layout {
             2 => word(rng, h.reftable_offset, 64),
             3 | 4 if !blocks.is_empty() => {
                 let block = be64(image, rng.pick(&blocks));
-                word(rng, block, (end * self.cluster() * 8 >> h.cluster_bits).min(self.cluster()))
+                word(rng, block, ((end * self.cluster() * 8) >> h.cluster_bits).min(self.cluster()))
             }
             5 | 6 if !l1.is_empty() => rng.pick(&l1),
             7 => word(rng, h.l1_offset, u64::from(h.l1_size) * 8),
@@ -197,7 +197,7 @@ impl Layout {
         let have = be64(image, at);
         let somewhere = rng.below(end + 4) * self.cluster();
         let value = match rng.below(12) {
-            0..=2 => have ^ 1 << rng.below(64),
+            0..=2 => have ^ (1 << rng.below(64)),
             3 => 0,
             4 => somewhere,
             5 | 6 => somewhere | COPIED,
@@ -248,7 +248,7 @@ impl Layout {
             0 | 1 => 0,
             2 | 3 => rng.below(end) * self.cluster(),
             4 => (end + rng.below(4)) * self.cluster(),
-            _ => have | 1 << rng.below(u64::from(self.header.cluster_bits)),
+            _ => have | (1 << rng.below(u64::from(self.header.cluster_bits))),
         };
         put64(image, at, value);
         format!("refcount table at {at:#x}: {value:#x} instead of {have:#x}")

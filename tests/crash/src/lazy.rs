@@ -124,7 +124,7 @@ impl Bench<'_> {
             self.figures.after_us += 1;
             return self.fail(i, writer, subject, &format!("after our open: {why}"));
         }
-        let sampled = (self.number * STATES as u64 + i as u64) % SAMPLE == 0;
+        let sampled = (self.number * STATES as u64 + i as u64).is_multiple_of(SAMPLE);
         if !sampled && self.args.get("state").is_none() {
             return;
         }

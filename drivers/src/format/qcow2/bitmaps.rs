@@ -58,7 +58,7 @@ impl BitmapEntry {
     /// Whether it is within the constraints of the format; `disk` are the bytes that it has to cover.
     fn is_valid(&self, kind: u8, granularity: u8, g: &Geometry, disk: u64) -> bool {
         let bytes = u64::from(self.table_size) << g.cluster_bits;
-        let covers = || u128::from(bytes) * 8 << granularity >= u128::from(disk);
+        let covers = || (u128::from(bytes) * 8) << granularity >= u128::from(disk);
         self.flags & !FLAGS == 0
             && kind == DIRTY_TRACKING
             && self.table_size > 0
