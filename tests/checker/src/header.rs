@@ -18,6 +18,7 @@ const INCOMPATIBLE_COMPRESSION: u64 = 1 << 3;
 const INCOMPATIBLE_EXTENDED_L2: u64 = 1 << 4;
 const INCOMPATIBLE_KNOWN: u64 = 0x1f;
 const AUTOCLEAR_BITMAPS: u64 = 1;
+const AUTOCLEAR_DATA_FILE_RAW: u64 = 2;
 
 const MAX_L1: u64 = 32 << 20;
 const MAX_REFTABLE: u64 = 8 << 20;
@@ -166,6 +167,8 @@ fn features(image: &[u8], header: &mut Header) -> Result<u32, Finding> {
     let flagged = header.incompatible & INCOMPATIBLE_COMPRESSION != 0;
     let fits = header.compression <= 1 && flagged == (header.compression != 0);
     ensure(fits, Kind::CompressionType, 104, header.compression.into())?;
+    let raw = header.autoclear & AUTOCLEAR_DATA_FILE_RAW != 0;
+    ensure(!raw || header.has_data_file(), Kind::DataFile, 88, header.autoclear)?;
     Ok(length)
 }
 

@@ -120,6 +120,12 @@ impl Report {
         }
     }
 
+    /// The image cannot be opened.
+    pub(crate) fn refuse(&mut self, kind: Kind, at: u64, value: u64) {
+        self.refused = true;
+        self.keep(Finding { kind, at, value });
+    }
+
     pub(crate) fn corrupt(&mut self, kind: Kind, at: u64, value: u64) {
         self.corrupt_times(1, kind, at, value);
     }
@@ -178,6 +184,11 @@ impl Checker {
     /// The report of the last [`Checker::check`].
     pub fn report(&self) -> &Report {
         &self.report
+    }
+
+    /// The end of the last cluster that anything of the last checked image names, even behind the end of the file.
+    pub fn referenced_end(&self) -> u64 {
+        self.tally.end
     }
 
     /// The header of an image.

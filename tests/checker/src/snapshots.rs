@@ -6,6 +6,8 @@ use crate::{Files, Kind, Report};
 
 const MAX_SNAPSHOTS: u32 = 65_536;
 const MAX_EXTRA: u32 = 1024;
+/// Extra data that version 3 wants.
+const MIN_EXTRA: u64 = 16;
 const MAX_TABLE: u64 = 64 << 20;
 
 /// An internal snapshot.
@@ -21,6 +23,7 @@ pub struct Snapshot {
     pub vm_state: u64,
     /// Seconds since 1970.
     pub date: u32,
+    start: u64,
     id: (u64, u16),
     name: (u64, u16),
 }
@@ -42,21 +45,22 @@ pub(crate) fn read(files: &Files<'_>, header: &Header, out: &mut Vec<Snapshot>, 
     out.clear();
     let image = files.image;
     let start = header.snapshots_offset;
-    if header.snapshot_count == 0 {
-        return;
+    if !table_fits(header, start, u64::from(header.snapshot_count.min(MAX_SNAPSHOTS)) * 40) {
+        return report.refuse(Kind::SnapshotTable, start, header.snapshot_count.into());
     }
-    if header.snapshot_count > MAX_SNAPSHOTS
-        || !table_fits(header, start, u64::from(header.snapshot_count) * 40)
-    {
+    if header.snapshot_count > MAX_SNAPSHOTS {
         return report.corrupt(Kind::SnapshotTable, start, header.snapshot_count.into());
     }
     let mut at = start;
     for index in 0..header.snapshot_count {
         let Some(entry) = entry(image, header, &mut at) else {
-            return report.corrupt(Kind::SnapshotTable, at, index.into());
+            return report.refuse(Kind::SnapshotTable, at, index.into());
         };
         if at - start > MAX_TABLE {
-            return report.corrupt(Kind::SnapshotTable, at, index.into());
+            return report.refuse(Kind::SnapshotTable, at, index.into());
+        }
+        if header.version >= 3 && entry.id.0 - entry.start < 40 + MIN_EXTRA {
+            report.corrupt(Kind::SnapshotIncomplete, at, index.into());
         }
         out.push(entry);
     }
@@ -64,13 +68,10 @@ pub(crate) fn read(files: &Files<'_>, header: &Header, out: &mut Vec<Snapshot>, 
 
 /// One entry; moves `at` behind it.
 fn entry(image: &[u8], header: &Header, at: &mut u64) -> Option<Snapshot> {
-    if *at >= image.len() as u64 {
-        return None;
-    }
     let start = *at;
     let (id_len, name_len) = (be16(image, start + 12), be16(image, start + 14));
     let extra = be32(image, start + 36);
-    if extra > MAX_EXTRA || (header.version >= 3 && extra < 16) {
+    if extra > MAX_EXTRA {
         return None;
     }
     let vm_state = if extra >= 8 { be64(image, start + 40) } else { be32(image, start + 32).into() };
@@ -84,6 +85,7 @@ fn entry(image: &[u8], header: &Header, at: &mut u64) -> Option<Snapshot> {
         disk_size,
         vm_state,
         date: be32(image, start + 16),
+        start,
         id: (id, id_len),
         name: (name, name_len),
     })

@@ -39,6 +39,8 @@ pub(crate) struct Tally {
     pub(crate) stored: Vec<u64>,
     /// The clusters that are compared: those of the file, and one more if it is named.
     pub(crate) compared: usize,
+    /// The end of the last cluster that is named, wherever the file ends.
+    pub(crate) end: u64,
     /// How often each aligned L2 table is named: by all L1 tables, and by the active one.
     named: Vec<(u32, u32)>,
     /// The L2 tables named, each once.
@@ -66,6 +68,7 @@ impl Tally {
         let image = files.image;
         let clusters = (image.len() as u64).div_ceil(header.cluster()) as usize;
         self.compared = clusters;
+        self.end = 0;
         self.references.clear();
         self.references.resize(clusters + 2, 0);
         self.named.clear();
@@ -101,7 +104,7 @@ impl Tally {
             let block = entry & !REFTABLE_RESERVED;
             if block == 0 {
                 self.stored.resize(self.stored.len() + wanted, 0);
-            } else if !header.aligned(block) {
+            } else if !readable(header, block) {
                 self.stored.resize(self.stored.len() + wanted, UNREADABLE);
             } else {
                 let block = inside(image, block, header.cluster());
@@ -117,6 +120,8 @@ impl Tally {
         }
         let bits = walk.header.cluster_bits;
         let end = u128::from(offset) + u128::from(len);
+        // offsets beyond the format's 56 bits are nowhere
+        self.end = self.end.max((end.div_ceil(1 << bits) << bits).min(1 << 56) as u64);
         if end >= walk.image.len() as u128 + u128::from(walk.header.cluster()) {
             return walk.report.corrupt_times(times, Kind::BeyondEnd, offset, len);
         }
@@ -288,7 +293,7 @@ impl Tally {
         if block == 0 {
             return 0;
         }
-        if !header.aligned(block) {
+        if !readable(header, block) {
             return UNREADABLE;
         }
         let block = inside(walk.image, block, header.cluster());
@@ -300,7 +305,9 @@ impl Tally {
             walk.report.corrupt(Kind::SnapshotsData, 60, snapshots.len() as u64);
         }
         for snapshot in snapshots {
-            if !walk.header.aligned(snapshot.l1_offset) || snapshot.l1_size > MAX_L1_ENTRIES {
+            if snapshot.l1_offset > i64::MAX as u64 {
+                walk.report.refuse(Kind::SnapshotL1, snapshot.l1_offset, snapshot.l1_size.into());
+            } else if !walk.header.aligned(snapshot.l1_offset) || snapshot.l1_size > MAX_L1_ENTRIES {
                 walk.report.corrupt(Kind::SnapshotL1, snapshot.l1_offset, snapshot.l1_size.into());
             } else {
                 self.l1(walk, snapshot.l1_offset, snapshot.l1_size, false);
@@ -315,34 +322,39 @@ impl Tally {
         self.refer(walk, directory, size, 1);
         let mut at = directory;
         for index in 0..count {
-            let table = (be64(walk.image, at), be32(walk.image, at + 8));
-            let (name, extra) = (be16(walk.image, at + 18), be32(walk.image, at + 20));
-            let len = (24 + u64::from(name) + u64::from(extra)).next_multiple_of(8);
-            let inside = at + len <= directory.saturating_add(size).min(walk.image.len() as u64);
-            if !inside || name == 0 || name > MAX_BITMAP_NAME {
-                return walk.report.corrupt(Kind::BitmapDirectory, at, index.into());
+            let entry = Bitmap::read(walk.image, at);
+            if at + entry.len > directory.saturating_add(size) || entry.extra != 0 {
+                return walk.report.refuse(Kind::BitmapDirectory, at, index.into());
             }
-            at += len;
-            self.bitmap(walk, table.0, table.1);
+            if !entry.is_valid(walk.header) {
+                return walk.report.refuse(Kind::BitmapEntryInvalid, at, index.into());
+            }
+            at += entry.len;
+            self.bitmap(walk, &entry);
+        }
+        if at != directory.saturating_add(size) {
+            walk.report.refuse(Kind::BitmapDirectory, at, size);
         }
     }
 
-    fn bitmap(&mut self, walk: &mut Walk<'_>, offset: u64, entries: u32) {
-        let bytes = u64::from(entries) * 8;
+    fn bitmap(&mut self, walk: &mut Walk<'_>, entry: &Bitmap) {
+        let (offset, bytes) = (entry.table, u64::from(entry.entries) * 8);
         self.refer(walk, offset, bytes, 1);
         let table = inside(walk.image, offset, bytes);
         if !self.afford(walk, table.len() as u64 / 8) {
             return;
         }
         for (index, raw) in table.chunks_exact(8).enumerate() {
-            let entry = number(raw);
-            let offset = entry & OFFSET;
-            let bad = entry & BITMAP_RESERVED != 0
-                || (offset != 0 && (entry & 1 != 0 || !walk.header.aligned(offset)));
-            if bad {
-                walk.report.corrupt(Kind::BitmapEntry, index as u64, entry);
-            } else if offset != 0 {
-                self.refer(walk, offset, walk.header.cluster(), 1);
+            let word = number(raw);
+            let offset = word & OFFSET;
+            let bad = word & BITMAP_RESERVED != 0
+                || (offset != 0 && (word & 1 != 0 || !walk.header.aligned(offset)));
+            // one that is up to date is loaded when the image is opened
+            match bad {
+                true if entry.flags & 1 == 0 => walk.report.refuse(Kind::BitmapEntry, index as u64, word),
+                true => walk.report.corrupt(Kind::BitmapEntry, index as u64, word),
+                false if offset != 0 => self.refer(walk, offset, walk.header.cluster(), 1),
+                false => {}
             }
         }
     }
@@ -375,12 +387,62 @@ impl Tally {
     }
 }
 
+/// An entry of the bitmap directory.
+struct Bitmap {
+    table: u64,
+    entries: u32,
+    flags: u32,
+    kind: u8,
+    granularity: u8,
+    name: u16,
+    extra: u32,
+    len: u64,
+}
+
+impl Bitmap {
+    fn read(image: &[u8], at: u64) -> Bitmap {
+        let (name, extra) = (be16(image, at + 18), be32(image, at + 20));
+        Bitmap {
+            table: be64(image, at),
+            entries: be32(image, at + 8),
+            flags: be32(image, at + 12),
+            kind: byte(image, at + 16),
+            granularity: byte(image, at + 17),
+            name,
+            extra,
+            len: (24 + u64::from(name) + u64::from(extra)).next_multiple_of(8),
+        }
+    }
+
+    /// The constraints of the format, and the peer's limits.
+    fn is_valid(&self, header: &Header) -> bool {
+        let bytes = u64::from(self.entries) << header.cluster_bits;
+        let covered = (u128::from(bytes) * 8) << self.granularity.min(63);
+        self.table != 0
+            && header.aligned(self.table)
+            && self.entries != 0
+            && self.entries <= 0x800_0000
+            && bytes <= 0x2000_0000
+            && self.flags & !7 == 0
+            && self.kind == 1
+            && (9..=31).contains(&self.granularity)
+            && self.name != 0
+            && self.name <= MAX_BITMAP_NAME
+            && (self.flags & 1 != 0 || covered >= u128::from(header.virtual_size))
+    }
+}
+
 /// The bytes that a compressed cluster may use: up to the end of its last 512-byte sector.
 pub(crate) fn compressed_range(header: &Header, entry: u64) -> (u64, u64) {
     let shift = 62 - (header.cluster_bits - 8);
     let offset = entry & ((1 << shift) - 1);
     let sectors = ((entry & !(COPIED | COMPRESSED)) >> shift) + 1;
     (offset, sectors * 512 - (offset & 511))
+}
+
+/// Whether counters can be read there: a file may end before, but no file reaches beyond what a signed offset names.
+fn readable(header: &Header, block: u64) -> bool {
+    header.aligned(block) && block <= i64::MAX as u64
 }
 
 fn number(raw: &[u8]) -> u64 {

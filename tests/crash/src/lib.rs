@@ -9,25 +9,33 @@
 //! own (module `medium`), and judged by a checker that shares no code with the engine.
 #![forbid(unsafe_code)]
 
+pub mod agree;
 pub mod allowed;
 pub mod args;
 pub mod cases;
 mod craft;
 mod cut;
+mod damage;
 mod enumerate;
 mod hunt;
 mod judge;
+pub mod lazy;
 pub mod log;
 mod medium;
 #[cfg(feature = "mutants")]
 pub mod mutants;
 mod past;
+pub mod peer;
 mod record;
+pub mod recover;
+pub mod repair;
 pub mod scenarios;
 pub mod seeds;
 pub mod short;
 pub mod spot;
 pub mod states;
+pub mod subject;
+mod trials;
 pub mod work;
 
 pub use cut::Cut;

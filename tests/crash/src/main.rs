@@ -7,13 +7,16 @@ use std::process::ExitCode;
 type Command = fn(&[String]) -> bool;
 
 const COMMANDS: &[(&str, Command)] = &[
+    ("agree", ringblock_crash::agree::command),
+    ("lazy", ringblock_crash::lazy::command),
     ("log", ringblock_crash::log::log),
-    ("states", ringblock_crash::states::states),
-    ("table", ringblock_crash::states::table),
-    ("replay", ringblock_crash::states::replay),
-    ("seeds", ringblock_crash::seeds::seeds),
     #[cfg(feature = "mutants")]
     ("mutants", ringblock_crash::mutants::mutants),
+    ("repair", ringblock_crash::repair::command),
+    ("replay", ringblock_crash::states::replay),
+    ("seeds", ringblock_crash::seeds::seeds),
+    ("states", ringblock_crash::states::states),
+    ("table", ringblock_crash::states::table),
 ];
 
 fn main() -> ExitCode {

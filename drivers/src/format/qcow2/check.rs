@@ -15,9 +15,9 @@
 
 use std::collections::HashMap;
 
-use ringblock_engine::Error;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::units::HostOffset;
+use ringblock_engine::{Errno, Error};
 
 use super::entry::{
     Allocation, BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK,
@@ -28,7 +28,7 @@ use super::header::Header;
 use super::io::Store;
 use super::open::{read_geometry, read_snapshots, read_table};
 use super::refcount;
-use super::{bitmaps, repair};
+use super::{bitmaps, repair, snapshot_table};
 
 /// What a check may change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -49,6 +49,8 @@ pub struct CheckReport {
     pub leaks: u64,
     /// Everything else that is wrong.
     pub corruptions: u64,
+    /// Of these, entries of the snapshot table without what version 3 wants: they harm nothing, and stay.
+    pub incomplete_snapshots: u64,
     /// Things that could not be looked at.
     pub check_errors: u64,
     /// Leaks put right.
@@ -70,6 +72,9 @@ pub struct CheckReport {
     /// One line for each finding, in the words of `qemu-img`; at most [`MESSAGES_MAX`].
     pub messages: Vec<String>,
 }
+
+/// A refcount that cannot be looked at.
+const UNREADABLE: u64 = u64::MAX;
 
 /// Findings beyond this number are counted but not described.
 pub const MESSAGES_MAX: usize = 10_000;
@@ -106,6 +111,8 @@ pub(super) struct Check<'a> {
     pub(super) report: CheckReport,
     pub(super) l1: Vec<u64>,
     pub(super) reftable: Vec<u64>,
+    /// Where its entries point to, whatever is wrong with them: refcounts are read from there.
+    named: Vec<u64>,
     /// The refcounts as they are stored.
     pub(super) stored: Vec<u64>,
     /// A cluster in use has no refcount at all, or the refcount structure itself is damaged: it has to be built anew.
@@ -145,7 +152,7 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     let mut second = Check::walk(file).await?;
     second.compare_copied().await?;
     let mut again = second.report;
-    let sound = again.corruptions == 0 && again.check_errors == 0;
+    let sound = again.corruptions == again.incomplete_snapshots && again.check_errors == 0;
     repair::finish(file, second.header, before, fix, sound).await?;
     again.leaks_fixed = leaks.saturating_sub(again.leaks);
     again.corruptions_fixed = (corruptions + flags).saturating_sub(again.corruptions);
@@ -175,6 +182,7 @@ impl<'a> Check<'a> {
             refs: References(vec![0; clusters]),
             report: CheckReport { total_clusters: 0, ..Default::default() },
             l1,
+            named: reftable.iter().map(|entry| entry & !REFTABLE_RESERVED).collect(),
             reftable,
             stored: Vec::new(),
             missing: false,
@@ -195,15 +203,18 @@ impl<'a> Check<'a> {
         let l1 = std::mem::take(&mut self.l1);
         self.count_l1(h.l1_offset, &l1, true).await?;
         self.l1 = l1;
-        let snapshots = match read_snapshots(self.file, &h).await {
-            Ok(list) => list,
-            Err(e) => {
-                self.report.corrupt(format!("snapshot table: {e}"));
-                self.unknown = true;
-                Vec::new()
+        let snapshots = read_snapshots(self.file, &h).await?;
+        for (i, s) in snapshots.iter().enumerate() {
+            if h.version >= 3 && s.extra.len() < snapshot_table::EXTRA_V3 {
+                self.report.corrupt(format!("snapshot table entry {i} is incomplete"));
+                self.report.incomplete_snapshots += 1;
             }
-        };
-        for s in &snapshots {
+            if s.l1_offset.0 > i64::MAX as u64 {
+                return Err(Error::io(
+                    Errno::EIO,
+                    format!("snapshot table entry {i}: no file reaches its L1 table"),
+                ));
+            }
             if let Err(e) = s.check_l1(&self.g) {
                 self.report.corrupt(format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));
                 self.unknown = true;
@@ -264,7 +275,6 @@ impl<'a> Check<'a> {
                     "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
                 ));
                 self.unknown = true;
-                continue;
             }
             self.count(l2, self.g.cluster_size());
             if l2 >= self.file_size {
@@ -368,14 +378,7 @@ impl<'a> Check<'a> {
     async fn count_bitmaps(&mut self) -> Result<(), Error> {
         let Some(ext) = self.header.extensions.bitmaps else { return Ok(()) };
         self.count(ext.directory_offset.0, ext.directory_size);
-        let list = match bitmaps::read(self.file, &ext).await {
-            Ok((_, list)) => list,
-            Err(e) => {
-                self.report.corrupt(e.message);
-                self.unknown = true;
-                return Ok(());
-            }
-        };
+        let (_, list) = bitmaps::read(self.file, &ext, &self.header).await?;
         for b in list {
             let bytes = u64::from(b.table_size) * 8;
             self.count(b.table_offset, bytes);
@@ -439,11 +442,30 @@ impl<'a> Check<'a> {
         Ok(Some(bytes))
     }
 
+    /// The counters of block `i` as they are stored; an error for a block that cannot be looked at.
+    async fn counters(&self, i: usize) -> Result<Option<Buf>, ()> {
+        let at = self.named.get(i).copied().unwrap_or(0);
+        if at == 0 {
+            return Ok(None);
+        }
+        if !at.is_multiple_of(self.g.cluster_size()) || at > i64::MAX as u64 {
+            return Err(());
+        }
+        if at >= self.file_size {
+            return Ok(None);
+        }
+        let (result, bytes) = self.file.read(at, Buf::new(self.g.cluster_size() as usize)).await;
+        result.map(|()| Some(bytes)).map_err(drop)
+    }
+
     async fn compare(&mut self) -> Result<(), Error> {
         let per = self.g.refblock_entries() as usize;
         let mut stored = Vec::with_capacity(self.refs.0.len());
         for i in 0..self.refs.0.len().div_ceil(per) {
-            let block = self.refblock(i).await?;
+            let Ok(block) = self.counters(i).await else {
+                self.unreadable(i, &mut stored);
+                continue;
+            };
             for c in i * per..((i + 1) * per).min(self.refs.0.len()) {
                 let have = block.as_ref().and_then(|b| {
                     refcount::get(b, self.g.refcount_order, self.g.in_block(HostCluster(c as u64)))
@@ -452,6 +474,9 @@ impl<'a> Check<'a> {
             }
         }
         for (c, &have) in stored.iter().enumerate() {
+            if have == UNREADABLE {
+                continue;
+            }
             let want = u64::from(self.refs.0[c]);
             if have > 0 || want > 0 {
                 self.report.image_end_offset = (c as u64 + 1) << self.g.cluster_bits;
@@ -468,6 +493,16 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
+    /// The refcounts of block `i` cannot be looked at. A rebuild does not need them.
+    fn unreadable(&mut self, i: usize, stored: &mut Vec<u64>) {
+        let per = self.g.refblock_entries() as usize;
+        for c in i * per..((i + 1) * per).min(self.refs.0.len()) {
+            self.report.check_errors += 1;
+            self.report.say(format!("Can't get refcount for cluster {c}: Input/output error"));
+            stored.push(UNREADABLE);
+        }
+    }
+
     /// The COPIED flags of the active tables must say which refcounts are 1.
     async fn compare_copied(&mut self) -> Result<(), Error> {
         let refcount = |at: u64| self.stored.get((at >> self.g.cluster_bits) as usize).copied().unwrap_or(0);
@@ -478,17 +513,14 @@ impl<'a> Check<'a> {
                 continue;
             }
             let n = refcount(l2);
-            if (n == 1) != (entry & COPIED != 0) {
+            if n != UNREADABLE && (n == 1) != (entry & COPIED != 0) {
                 wrong.push(format!("OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}"));
-            }
-            if self.format.external_data {
-                continue;
             }
             let words = self.read_l2(HostOffset(l2)).await?;
             for word in words.iter().step_by(if self.g.extended { 2 } else { 1 }) {
                 if let Some(at) = copied_matters(*word) {
-                    let n = refcount(at);
-                    if (n == 1) != (word & COPIED != 0) {
+                    let n = if self.format.external_data { 1 } else { refcount(at) };
+                    if n != UNREADABLE && (n == 1) != (word & COPIED != 0) {
                         wrong.push(format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}"));
                     }
                 }

@@ -345,3 +345,94 @@ fn interrupted_repairs_can_be_repeated() {
         }
     }
 }
+
+/// An image whose first refcount table entry, and whose header, can be pointed elsewhere; and its first data cluster.
+fn with_tables(dir: &Scratch) -> (Vec<u8>, usize, u64) {
+    let good = sample(dir, "cluster_size=4k");
+    std::fs::write(dir.path("good.qcow2"), &good).unwrap();
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let table = word(48) as usize;
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let data = word(l2) & 0x00ff_ffff_ffff_fe00;
+    (good, table, data)
+}
+
+/// Goal: where an old refcount structure lay over something else, that has one reference after a rebuild, and its COPIED flag
+/// says so. Method: a refcount block, and the table, over a data cluster and over the header; one full repair is enough.
+#[test]
+fn structures_over_something_else_are_given_up() {
+    let dir = Scratch::new();
+    let (good, table, data) = with_tables(&dir);
+    for (what, at, value) in [
+        ("a block over data", table, data),
+        ("the table over data", 48, data),
+        ("the table over the header", 48, 0),
+        ("the table over itself as a block", table, table as u64),
+    ] {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        let (report, fixed) = ours(bytes, Repair::All);
+        assert!(report.as_ref().is_ok_and(CheckReport::is_clean), "{what}: {report:?}");
+        let (rc, out) = peer(&dir, &fixed);
+        assert_eq!(rc, 0, "{what}: {out}");
+        let (rc, out, err) =
+            qemu_img(&dir, &["compare", "-f", "qcow2", "-F", "qcow2", "b.qcow2", "good.qcow2"]);
+        assert_eq!(rc, 0, "{what}: {out}{err}");
+        assert!(ours(fixed.clone(), Repair::All).1 == fixed, "{what}: repair is a fixpoint");
+    }
+}
+
+/// Goal: damaged fields get the verdict of the peer: corrupt, or not to be checked at all. Method: fields of the header, of the
+/// refcount table, of the L1 table and of the snapshot table, each with a value that once was judged otherwise.
+#[test]
+fn damaged_fields_get_the_same_verdict() {
+    let dir = Scratch::new();
+    let good = sample(&dir, "cluster_size=4k");
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let (l1, table, snapshots) = (word(40) as usize, word(48) as usize, word(64) as usize);
+    let mut bad = Vec::new();
+    for (at, value) in [
+        (table, word(table) | 2),
+        (table, word(table) | 0x400),
+        (table, word(table) | 1 << 63),
+        (64, word(64) | 2),
+        (64, 1 << 63),
+        (40, 1 << 57),
+        (88, 2),
+        (l1, word(l1) | 0x200),
+        (snapshots + 32, word(snapshots + 32) & !0xffff_ffff),
+        (snapshots + 32, word(snapshots + 32) | 0x1000),
+        (snapshots, word(snapshots) | 1 << 63),
+    ] {
+        let mut bytes = good.clone();
+        bytes[at..at + 8].copy_from_slice(&value.to_be_bytes());
+        let (rc, out) = peer(&dir, &bytes);
+        let ours = ours(bytes, Repair::None).0;
+        let code = match &ours {
+            Err(_) => 1,
+            Ok(r) if r.check_errors > 0 => 1,
+            Ok(r) if r.corruptions > 0 => 2,
+            Ok(r) => i32::from(r.leaks > 0) * 3,
+        };
+        if code != rc {
+            bad.push(format!("{at:#x} {value:#x}: peer {rc}, here {code} {ours:?}: {out}"));
+        }
+    }
+    assert!(bad.is_empty(), "{}", bad.join("\n"));
+}
+
+/// Goal: with an external data file every allocated cluster has COPIED, and a repair sets it. Method: one flag cleared.
+#[test]
+fn copied_with_a_data_file() {
+    let dir = Scratch::new();
+    let good = sample(&dir, "data_file=d");
+    let word = |at: usize| u64::from_be_bytes(good[at..at + 8].try_into().unwrap());
+    let l2 = (word(word(40) as usize) & 0x00ff_ffff_ffff_fe00) as usize;
+    let entry = (l2..l2 + 4096).step_by(8).find(|&at| word(at) & 0x00ff_ffff_ffff_fe00 != 0).unwrap();
+    let mut bytes = good.clone();
+    bytes[entry] &= 0x7f;
+    assert_eq!(peer(&dir, &bytes).0, 2);
+    let (report, fixed) = ours(bytes, Repair::All);
+    assert!(report.as_ref().is_ok_and(|r| r.is_clean() && r.corruptions_fixed == 1), "{report:?}");
+    assert!(fixed == good);
+}

@@ -66,14 +66,14 @@ impl<'a> Iterator for Walk<'a> {
     fn next(&mut self) -> Option<Self::Item> {
         // An area too short for another header simply ends, as does the end marker.
         let (kind, len) = (be32(self.area, 0)?, be32(self.area, 4)? as usize);
-        if kind == END {
-            return None;
-        }
         let rest = &self.area[8..];
         let Some(data) = rest.get(..len) else {
             self.area = &[];
             return Some(Err(Error::invalid("Header extension too large")));
         };
+        if kind == END {
+            return None;
+        }
         self.area = rest.get(len.next_multiple_of(8)..).unwrap_or(&[]);
         Some(Ok((kind, data)))
     }

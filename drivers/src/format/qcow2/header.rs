@@ -15,9 +15,7 @@ use ringblock_engine::{Errno, Error};
 
 use super::bytes::{be32, be64, put32, put64};
 use super::extensions::Extensions;
-use super::geometry::{
-    Geometry, HOST_OFFSET_LIMIT, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS,
-};
+use super::geometry::{Geometry, MAX_CLUSTER_BITS, MAX_L1_BYTES, MAX_REFTABLE_BYTES, MIN_CLUSTER_BITS};
 
 /// The magic number: "QFI" and 0xfb.
 pub const MAGIC: u32 = 0x5146_49fb;
@@ -209,6 +207,9 @@ impl Header {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 bytes",
             ));
         }
+        if version >= 3 && header.autoclear & autoclear::DATA_FILE_RAW != 0 && !header.external_data() {
+            return Err(Error::invalid("data-file-raw requires a data file"));
+        }
         header.check_tables()?;
         header.extensions = Extensions::parse(exts, &header)?;
         header.backing_file = parse_backing_name(&f, cluster, backing_offset, cluster_size)?;
@@ -243,9 +244,10 @@ impl Header {
         Ok(())
     }
 
-    /// A table of `bytes` at `at` is cluster-aligned and ends below the largest host offset.
+    /// A table of `bytes` at `at` is cluster-aligned and ends where a file can end. A check looks at it even there; other
+    /// opens want it inside the file.
     fn table_in_range(&self, at: HostOffset, bytes: u64, text: &str) -> Result<(), Error> {
-        let fits = at.checked_add(bytes).is_some_and(|end| end.0 <= HOST_OFFSET_LIMIT);
+        let fits = at.checked_add(bytes).is_some_and(|end| end.0 <= i64::MAX as u64);
         if !fits || !at.is_aligned(1 << self.cluster_bits) {
             return Err(Error::invalid(text));
         }

@@ -109,7 +109,7 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
 /// counters cannot be trusted.
 async fn repair_dirty(file: &dyn Store) -> Result<(), Error> {
     let report = check::run(file, Repair::All).await?;
-    match report.corruptions + report.check_errors {
+    match report.corruptions - report.incomplete_snapshots + report.check_errors {
         0 => Ok(()),
         n => Err(Error::io(Errno::EIO, format!("{n} errors remain"))),
     }
@@ -200,7 +200,7 @@ async fn prepare_for_writing(file: &dyn Store, header: &mut Header) -> Result<()
         file.flush().await.map_err(io)?;
     }
     match header.extensions.bitmaps {
-        Some(b) => super::bitmaps::mark_in_use(file, &b).await,
+        Some(b) => super::bitmaps::mark_in_use(file, &b, header).await,
         None => Ok(()),
     }
 }

@@ -53,6 +53,9 @@ pub(super) async fn lengthen(check: &Check<'_>, said: &mut Vec<String>) -> Resul
 /// Repairs what the check found, tells what was done, and returns the number of COPIED flags put right. The header is left
 /// as a repair on its way has it: [`finish`] ends it.
 pub(super) async fn run(check: &mut Check<'_>, fix: Repair, said: &mut Vec<String>) -> Result<u64, Error> {
+    let rebuilds = fix == Repair::All && check.missing;
+    // What the old structures lie on counts for whatever else is there: they are given up.
+    let freed = if rebuilds { give_up(check) } else { Vec::new() };
     let (clear, set) = flags(check, fix, Pass::Count, said).await?;
     let corrupt = fix == Repair::All && check.report.corruptions > 0;
     if (corrupt || clear + set > 0) && !check.header.has(incompatible::DIRTY) && check.header.version >= 3 {
@@ -63,9 +66,12 @@ pub(super) async fn run(check: &mut Check<'_>, fix: Repair, said: &mut Vec<Strin
         flags(check, fix, Pass::Clear, said).await?;
         flush(check.file).await?;
     }
-    if fix == Repair::All && check.missing {
+    if rebuilds {
         said.push("Rebuilding refcount structure".to_owned());
-        rebuild(check, said).await?;
+        for c in freed {
+            tell(said, || format!("Repairing cluster {c} refcount=1 reference=0"));
+        }
+        rebuild(check).await?;
     } else if check.report.leaks > 0 || check.report.corruptions > 0 {
         adjust(check, fix, said).await?;
     }
@@ -135,22 +141,24 @@ async fn adjust(check: &Check<'_>, fix: Repair, said: &mut Vec<String>) -> Resul
     if mutant!("repair-barrier") { Ok(()) } else { flush(check.file).await }
 }
 
-/// Writes new blocks and a new table behind everything, and makes the header name them.
-async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Error> {
+/// Takes away the references to the old table and its blocks, and lists the clusters that had no other. They stay until the
+/// new ones are in force: the space they hold becomes free and not part of the new structure.
+fn give_up(check: &mut Check<'_>) -> Vec<u64> {
     let g = check.g;
-    let order = g.refcount_order;
-    // The old table and blocks are not needed any more, but they stay until the new ones are in force, so the space they
-    // hold becomes free and not part of the new structure.
     let mut freed = Vec::new();
-    for &at in &check.reftable {
+    for &at in check.reftable.iter().filter(|&&at| at != 0) {
         forget(&mut check.refs.0, at, g.cluster_size(), g.cluster_bits, &mut freed);
     }
     let old_bytes = u64::from(check.header.reftable_clusters) << g.cluster_bits;
     forget(&mut check.refs.0, check.header.reftable_offset.0, old_bytes, g.cluster_bits, &mut freed);
     freed.sort_unstable();
-    for c in freed {
-        tell(said, || format!("Repairing cluster {c} refcount=1 reference=0"));
-    }
+    freed
+}
+
+/// Writes new blocks and a new table behind everything, and makes the header name them.
+async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
+    let g = check.g;
+    let order = g.refcount_order;
     let refs = &check.refs.0;
     let end = refs.len() as u64;
     let used = |b: u64| {
@@ -197,7 +205,7 @@ async fn rebuild(check: &mut Check<'_>, said: &mut Vec<String>) -> Result<(), Er
 
 /// Takes one reference away from each cluster of a range, and lists those of which it was the only one.
 fn forget(refs: &mut [u32], at: u64, len: u64, bits: u32, freed: &mut Vec<u64>) {
-    if at == 0 || len == 0 {
+    if len == 0 {
         return;
     }
     for c in at >> bits..=(at + len - 1) >> bits {
@@ -240,14 +248,11 @@ async fn flags(
         }
         let what = format!("L2 cluster: l1_index={i} l1_entry");
         count(flag(check, fix, pass, entry, l2, &what, said));
-        if check.format.external_data {
-            continue;
-        }
         let mut words = check.read_l2(HostOffset(l2)).await?;
         let mut changed = (0, 0);
         for word in words.iter_mut().step_by(step) {
             let Some(at) = copied_matters(*word) else { continue };
-            let (clear, set) = flag(check, fix, pass, word, at, "data cluster: l2_entry", said);
+            let (clear, set) = flag(check, fix, pass, word, at, DATA, said);
             changed = (changed.0 + clear, changed.1 + set);
         }
         count(changed);
@@ -262,6 +267,9 @@ async fn flags(
     Ok(sum)
 }
 
+/// An L2 entry, for messages. With an external data file its cluster has no refcount, and counts as 1.
+const DATA: &str = "data cluster: l2_entry";
+
 /// One flag of one entry that names the cluster at `at`: (1, 0) if it is to be cleared, (0, 1) if it is to be set.
 fn flag(
     check: &Check<'_>,
@@ -273,9 +281,11 @@ fn flag(
     said: &mut Vec<String>,
 ) -> (u64, u64) {
     let c = (at >> check.g.cluster_bits) as usize;
-    let n = check.refs.0.get(c).map_or(0, |&n| u64::from(n));
+    let outside = what == DATA && check.format.external_data;
+    let n = if outside { 1 } else { check.refs.0.get(c).map_or(0, |&n| u64::from(n)) };
     // A counter that stays too low must not be trusted to be 1.
-    let low = fix == Repair::Leaks && (n == 0 || check.stored.get(c).is_some_and(|&have| have < n));
+    let counted = || n > 0 && check.stored.get(c).is_none_or(|&have| have >= n);
+    let low = fix == Repair::Leaks && !outside && !counted();
     let want = if n == 1 { *word | COPIED } else { *word & !COPIED };
     if low || want == *word {
         return (0, 0);

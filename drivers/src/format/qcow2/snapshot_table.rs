@@ -18,6 +18,8 @@ use super::geometry::{Geometry, HOST_OFFSET_LIMIT, MAX_L1_BYTES};
 pub const MAX_TABLE_BYTES: u64 = 64 << 20;
 /// Limit on the extra data of one snapshot.
 pub const MAX_EXTRA: u32 = 1024;
+/// Extra data that every snapshot of a version 3 image has.
+pub const EXTRA_V3: usize = 16;
 /// Bytes of the fixed part.
 const FIXED: usize = 40;
 
