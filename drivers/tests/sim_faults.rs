@@ -141,3 +141,64 @@ fn a_failed_reopen_leaves_the_node_working() {
         assert_eq!(corruptions(&live), 0, "operation {i}, lasting {lasting}");
     }
 }
+
+/// The fields of a header that a resize changes: size, and the L1 table's place and length.
+fn header(image: &Image) -> (u64, u64, u32) {
+    let mut b = [0; 64];
+    image.read(0, &mut b);
+    let word = |at: usize| u64::from_be_bytes(b[at..at + 8].try_into().expect("8 bytes"));
+    (word(24), word(40), word(32) as u32)
+}
+
+/// Goal: a write of the header that failed (the disk has the old one or the new one) is made good before anything is
+/// acknowledged as durable, and the L1 table that the disk may name is not reused meanwhile. Method: resizes up, across the
+/// growth of the L1 table, and down; each write of the header fails; in many worlds, so that both headers are found; after
+/// the next flush the durable header is that of the node, and the image is sound.
+#[test]
+fn a_failed_header_write_is_made_good() {
+    const SIZE: u64 = 40 << 10;
+    let image = new_image(&CreateOptions { size: SIZE, cluster_size: 512, ..CreateOptions::default() });
+    let mut found = [0; 2];
+    for (seed, to) in (0..12).flat_map(|s| [(s, SIZE / 2), (s, SIZE + 1024), (s, 4 << 20)]) {
+        let saboteur = Saboteur::watching();
+        let watched = saboteur.clone();
+        let ((before, ops), _) = run(seed, &image, saboteur, move |_| {
+            Box::pin(async move {
+                let root = attach().await.expect("it opens");
+                fill(&root, 0, SIZE as usize, 1).await.expect("a write");
+                let before = watched.take_log().len();
+                Graph::current().resize("n", to, Preallocation::Off).await.expect("a resize");
+                (before, watched.take_log())
+            })
+        });
+        let is_header = |o: &Submitted| o.kind == OpKind::Write && o.off == 0;
+        let headers: Vec<usize> = (0..ops.len()).filter(|&i| is_header(&ops[i])).collect();
+        assert!(!headers.is_empty());
+        for at in headers {
+            let trap = Trap { at: (before + at) as u64, harm: Harm::Error(Errno::EIO), lasting: false };
+            let ((on_disk, now, durable), live) = run(seed, &image, Saboteur::with(trap), move |disks| {
+                Box::pin(async move {
+                    let root = attach().await.expect("it opens");
+                    fill(&root, 0, SIZE as usize, 1).await.expect("a write");
+                    let failed = Graph::current().resize("n", to, Preallocation::Off).await;
+                    assert_eq!(failed.map_err(|e| e.errno), Err(Errno::EIO));
+                    let disk = disks.open(Path::new("/img")).expect("the image");
+                    let on_disk = header(&disk.live());
+                    let size = root.size().expect("a size");
+                    // takes clusters that must not be those of a table which the disk may name
+                    root.discard(0, 2048).await.expect("a discard");
+                    fill(&root, size - 20_000, 20_000, 2).await.expect("a write");
+                    root.flush().await.expect("a flush");
+                    let durable = header(&disk.durable());
+                    assert_eq!(durable.0, size, "seed {seed}, to {to}: the durable size");
+                    Graph::current().shutdown().await.expect("it closes");
+                    (on_disk, header(&disk.live()), durable)
+                })
+            });
+            found[usize::from(on_disk == now)] += 1;
+            assert_eq!(durable, now, "seed {seed}, to {to}");
+            assert_eq!(corruptions(&live), 0, "seed {seed}, to {to}");
+        }
+    }
+    assert!(found[0] > 0 && found[1] > 0, "both headers are met: {found:?}");
+}
