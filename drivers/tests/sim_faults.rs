@@ -202,3 +202,59 @@ fn a_failed_header_write_is_made_good() {
     }
     assert!(found[0] > 0 && found[1] > 0, "both headers are met: {found:?}");
 }
+
+/// Goal: whatever fails while the refcount table moves, nothing is written over, and it moves the next time. Method: 512-byte
+/// clusters with 64-bit counters, so that one table counts 2 MiB; every write and flush around the growth fails.
+#[test]
+fn a_refcount_table_that_fails_to_grow() {
+    const PIECE: u64 = 128 << 10;
+    const SIZE: u64 = 20 * PIECE;
+    let o = CreateOptions { size: SIZE, cluster_size: 512, refcount_bits: 64, ..CreateOptions::default() };
+    let image = new_image(&o);
+    let saboteur = Saboteur::watching();
+    let watched = saboteur.clone();
+    let (ops, _) = run(3, &image, saboteur, move |_| {
+        Box::pin(async move {
+            let root = attach().await.expect("it opens");
+            for i in 0..SIZE / PIECE {
+                fill(&root, i * PIECE, PIECE as usize, 1).await.expect("a write");
+            }
+            watched.take_log()
+        })
+    });
+    let grown =
+        ops.iter().position(|o| o.kind == OpKind::Write && o.off == 0).expect("the header is written");
+    for (at, lasting) in (grown - 9..grown + 2).flat_map(|at| [(at, false), (at, true)]) {
+        let flush = ops[at].kind == OpKind::Fdatasync;
+        let saboteur = Saboteur::with(Trap { at: at as u64, harm: Harm::Error(Errno::EIO), lasting });
+        let healer = saboteur.clone();
+        let (done, live) = run(3, &image, saboteur, move |_| {
+            Box::pin(async move {
+                let root = attach().await.expect("it opens");
+                let mut failed = 0;
+                for i in 0..SIZE / PIECE {
+                    let mut done = fill(&root, i * PIECE, PIECE as usize, 1).await;
+                    if done.is_err() {
+                        failed += 1;
+                        healer.heal();
+                        if flush {
+                            assert!(root.flush().await.is_err(), "no success after a failed flush");
+                            return false;
+                        }
+                        done = fill(&root, i * PIECE, PIECE as usize, 1).await;
+                    }
+                    done.unwrap_or_else(|e| panic!("operation {at}: piece {i}: {e}"));
+                }
+                assert!(healer.hits() > 0 && failed <= 1, "operation {at}");
+                root.flush().await.expect("a flush");
+                for i in 0..SIZE / 512 {
+                    assert_eq!(byte(&root, i * 512).await, Ok(1), "operation {at}, sector {i}");
+                }
+                Graph::current().shutdown().await.expect("it closes");
+                true
+            })
+        });
+        assert!(done != flush, "operation {at}");
+        assert!(!done || corruptions(&live) == 0, "operation {at}, lasting {lasting}");
+    }
+}

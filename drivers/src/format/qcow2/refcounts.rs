@@ -268,6 +268,15 @@ impl Refcounts {
         (need * g.cluster_size() <= MAX_REFTABLE_BYTES).then_some(need)
     }
 
+    /// Shortens the table in memory to `len` entries, and forgets the blocks that those behind named. Returns where these are.
+    pub(super) fn forget_from(&self, _turn: &Turn<'_>, len: usize) -> Vec<HostOffset> {
+        let named = (len..self.table.len()).map(|i| self.table.at(i)).filter(|&at| at != 0).map(HostOffset);
+        let named = named.collect();
+        self.blocks.borrow_mut().retain(|i, _| i.at() < len);
+        self.table.resize(len);
+        named
+    }
+
     /// Lengthens the table in memory to `clusters` clusters.
     pub(super) fn grow_table(&self, clusters: u64) {
         self.table.resize(self.entries(clusters));
