@@ -289,6 +289,7 @@ impl Core {
         self.now.set(self.clock.now());
         let more = self.drain_inbox();
         self.timers.fire(self.now());
+        self.ring.borrow_mut().resume(self.now());
         more
     }
 
@@ -312,7 +313,12 @@ impl Core {
         self.exec.has_work()
             || !self.shared.queue.is_empty()
             || !self.outbox.borrow().is_empty()
-            || self.timers.earliest().is_some_and(|at| at <= now)
+            || self.next_alarm().is_some_and(|at| at <= now)
+    }
+
+    /// When the next timer fires, or the ring has to be entered for something that backs off.
+    pub(crate) fn next_alarm(&self) -> Option<u64> {
+        self.timers.earliest().into_iter().chain(self.ring.borrow().earliest()).min()
     }
 
     fn advance_epochs(&self) {
@@ -329,7 +335,8 @@ impl Core {
         let bell = {
             let mut ring = self.ring.borrow_mut();
             ring.submit(wait);
-            ring.reap(&mut scratch.woken, &mut scratch.trash)
+            self.now.set(self.clock.now());
+            ring.reap(self.now(), &mut scratch.woken, &mut scratch.trash)
         };
         if bell {
             self.shared.clear_bell();
@@ -339,14 +346,13 @@ impl Core {
         }
         scratch.trash.clear();
         *self.scratch.borrow_mut() = scratch;
-        self.now.set(self.clock.now());
         self.advance_epochs();
     }
 
     /// How long the core may sleep: until its next timer, at most.
     fn idle_time(&self) -> Duration {
         const LONG: u64 = 3_600_000_000_000;
-        let wait = self.timers.earliest().map_or(LONG, |at| at.saturating_sub(self.clock.now()));
+        let wait = self.next_alarm().map_or(LONG, |at| at.saturating_sub(self.clock.now()));
         Duration::from_nanos(wait.min(LONG))
     }
 

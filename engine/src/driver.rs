@@ -259,7 +259,8 @@ pub trait Owner {
     fn flush(&self) -> LocalFuture<'_, Result<(), Errno>>;
     /// Changes the virtual size. Roots are drained.
     fn truncate(&self, size: u64, preallocation: Preallocation) -> LocalFuture<'_, Result<(), Error>>;
-    /// Writes everything back and marks the image clean. Roots are drained; nothing is called afterwards.
+    /// Writes everything back and marks the image clean. Roots are drained. It is used again only where the node was to be
+    /// opened with other options and that failed.
     fn close(&self) -> LocalFuture<'_, Result<(), Errno>>;
     /// Periodic work (cache cleaning), about once a second while the node exists.
     fn tick(&self) {}

@@ -323,20 +323,27 @@ impl Graph {
     }
 }
 
-/// Has an owner write everything back, and lets go of it.
-async fn close_owner(id: NodeId, home: usize) -> Result<(), Errno> {
+/// Has an owner write everything back. It may go on afterwards.
+async fn owner_writes_back(id: NodeId, home: usize) -> Result<(), Errno> {
     let close = move || -> crate::driver::LocalFuture<'static, Result<(), Errno>> {
         Box::pin(async move {
-            let owner = Core::current().owner(id);
-            let closed = match owner {
+            match Core::current().owner(id) {
                 Some(owner) => owner.close().await,
                 None => Ok(()),
-            };
-            Core::current().owners.borrow_mut().remove(&id);
-            closed
+            }
         })
     };
     Core::current().call(home, close).await.unwrap_or(Err(Errno::ESHUTDOWN))
+}
+
+/// Has an owner write everything back, and lets go of it.
+async fn close_owner(id: NodeId, home: usize) -> Result<(), Errno> {
+    let closed = owner_writes_back(id, home).await;
+    let forget = move || -> crate::driver::LocalFuture<'static, ()> {
+        Box::pin(async move { drop(Core::current().owners.borrow_mut().remove(&id)) })
+    };
+    Core::current().call(home, forget).await;
+    closed
 }
 
 async fn path_truncate(node: NodeId, size: u64, prealloc: Preallocation) -> Result<(), Error> {

@@ -265,21 +265,26 @@ impl OpenCx {
     }
 }
 
-/// Makes the owner on its home core, and the driver that of the node. `held` are the permissions the driver has.
+/// Makes the owner on its home core, and the driver that of the node, in place of what was there. `held` are the permissions
+/// the driver has.
 pub(super) async fn put_in_place(cx: &OpenCx, opened: Opened, held: (u8, u8)) -> Result<(), Error> {
     let has_owner = opened.owner.is_some();
-    if let Some(make) = opened.owner {
-        let id = cx.node;
-        let set = move || -> LocalFuture<'static, ()> {
-            Box::pin(async move {
-                let core = Core::current();
-                let owner = make();
-                core.owners.borrow_mut().insert(id, owner.clone());
+    let (id, make) = (cx.node, opened.owner);
+    let set = move || -> LocalFuture<'static, ()> {
+        Box::pin(async move {
+            let core = Core::current();
+            let owner = make.map(|make| make());
+            let before = match &owner {
+                Some(owner) => core.owners.borrow_mut().insert(id, owner.clone()),
+                None => core.owners.borrow_mut().remove(&id),
+            };
+            drop(before);
+            if let Some(owner) = owner {
                 core.spawn(housekeeping(id, Rc::downgrade(&owner)));
-            })
-        };
-        Core::current().call(cx.home, set).await;
-    }
+            }
+        })
+    };
+    Core::current().call(cx.home, set).await;
     let mut state = cx.graph.state.borrow_mut();
     let node = state.nodes.get_mut(&cx.node).ok_or(Errno::ENOMEDIUM)?;
     node.driver = opened.driver;

@@ -1,10 +1,11 @@
 //! Changing the options of open nodes: `blockdev-reopen` (reference, part 5 item 18).
 //!
 //! All roots are drained, so nothing is in flight. A driver either switches by itself ([`Driver::reopen_prepare`]), or, a
-//! format whose state hangs together with its tables, is closed and opened again on the same edges.
+//! format whose state hangs together with its tables, writes everything back and is opened again on the same edges. The
+//! old instance stays until the new one is there, so a node that cannot be opened again goes on as it was.
 //!
 //! ```text
-//!   flags and edges ─► reopen_prepare of each ─► permissions ─► commit of each ─► close and open again
+//!   flags and edges ─► reopen_prepare of each ─► permissions ─► commit of each ─► write back, open again, replace
 //!        └ any failure: flags, edges, permissions and options go back to what they were
 //! ```
 
@@ -13,7 +14,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::open::{OpenCx, put_in_place};
-use super::{Common, Graph, NodeFlags, NodeId, close_owner};
+use super::{Common, Graph, NodeFlags, NodeId, owner_writes_back};
 use crate::driver::{Driver, OpenFn, perm};
 use crate::epoch::{Barrier, barrier};
 use crate::error::{Errno, Error};
@@ -51,9 +52,9 @@ struct Before {
     common: Common,
     config: Arc<dyn Any + Send + Sync>,
     edges: Vec<Option<NodeId>>,
-    /// Opens it with its old options, once it has been closed.
+    /// Opens it with its old options, once it has been opened with the new ones.
     open: Option<OpenFn>,
-    closed: bool,
+    reopened: bool,
     switched: bool,
 }
 
@@ -105,7 +106,8 @@ impl Graph {
         // children stand behind their parents in the list
         for (item, before) in items.into_iter().zip(before.iter_mut()).rev() {
             if let Some((open, _)) = item.open {
-                self.open_again(before.node, open, &mut before.closed).await?;
+                self.open_again(before.node, open).await?;
+                before.reopened = true;
             }
         }
         Ok(())
@@ -162,7 +164,7 @@ impl Graph {
             config: node.config.clone(),
             edges: node.edges.iter().map(|e| e.node).collect(),
             open: None,
-            closed: false,
+            reopened: false,
             switched: false,
         });
         (node.flags, node.common, node.config) = (item.flags, item.common, item.config.clone());
@@ -172,16 +174,15 @@ impl Graph {
         Ok(node.driver.clone())
     }
 
-    /// Closes a node's owner and opens its driver again, on the same edges.
-    async fn open_again(self: &Rc<Graph>, id: NodeId, open: OpenFn, closed: &mut bool) -> Result<(), Error> {
+    /// Opens a node's driver again, on the same edges; the old one is replaced if that succeeds.
+    async fn open_again(self: &Rc<Graph>, id: NodeId, open: OpenFn) -> Result<(), Error> {
         let (home, has_owner, held) = {
             let state = self.state.borrow();
             let n = state.nodes.get(&id).ok_or(Errno::ENOMEDIUM)?;
             (n.home, n.has_owner, n.held)
         };
-        if has_owner && !*closed {
-            *closed = true;
-            close_owner(id, home).await?;
+        if has_owner {
+            owner_writes_back(id, home).await?;
         }
         let cx = OpenCx::again(self, id).ok_or(Errno::ENOMEDIUM)?;
         let opened = open(cx.clone()).await?;
@@ -210,10 +211,9 @@ impl Graph {
                     (p.commit)();
                 }
             }
-            if let (true, Some(open)) = (b.closed, b.open) {
-                // it was open with these options a moment ago; if that fails now, the node answers with errors
-                let mut closed = true;
-                let _ = self.open_again(b.node, open, &mut closed).await;
+            if let (true, Some(open)) = (b.reopened, b.open) {
+                // it was open with these options a moment ago; if that fails now, it goes on with the new ones
+                let _ = self.open_again(b.node, open).await;
             }
         }
         let _ = self.refresh_perms().await;

@@ -17,8 +17,8 @@
 //! - Payload memory is on the heap or in an arena: moving the slab does not move it.
 //! - The ring drains before it closes ([`Ring::shutdown`]) and closes before the slab is freed (field order of [`Ring`]).
 //!
-//! Short transfers are resumed, EINTR and EAGAIN retried a bounded number of times, reads past the end filled with
-//! zeroes, here, so that nobody above ever sees a partial transfer.
+//! Short transfers are resumed, EINTR and EAGAIN retried a bounded number of times with growing waits, reads past the end
+//! filled with zeroes, here, so that nobody above ever sees a partial transfer.
 
 mod op;
 mod send;
@@ -46,8 +46,12 @@ use crate::mem::Buf;
 
 /// Operations in flight per core; further ones wait for a place.
 pub const OPS_MAX: usize = 8192;
-/// How often one submission is retried after EINTR or EAGAIN before the error is believed.
-const RETRIES: u8 = 64;
+/// How often a piece is submitted again after EINTR or EAGAIN: so often at once, then after waits that double …
+const RETRIES_AT_ONCE: u32 = 8;
+/// … up to so often in all, which takes about a second; then the error is believed.
+const RETRIES: u32 = 28;
+/// The first wait, and the longest.
+const BACK_OFF_NS: (u64, u64) = (100_000, 100_000_000);
 /// Largest length of one submission; longer pieces go out in parts, as short transfers do.
 const SQE_MAX: u32 = 1 << 30;
 
@@ -85,7 +89,8 @@ pub(crate) enum Payload {
 struct Entry {
     payload: Payload,
     left: u32,
-    retries: u8,
+    /// Of all pieces together.
+    retries: u32,
     orphan: bool,
     error: Option<Errno>,
     /// Result of operations that are not transfers.
@@ -133,11 +138,25 @@ pub(crate) struct Ring {
     backend: Box<dyn Backend>,
     slab: Slab<Entry>,
     waiting: Vec<Waker>,
+    /// What backs off: when it is submitted again, and its user data. Part of the entry's operations in flight.
+    later: Vec<(u64, RawOp, u64)>,
 }
 
 impl Ring {
     pub(crate) fn new(backend: Box<dyn Backend>) -> Ring {
-        Ring { backend, slab: Slab::with_capacity(256), waiting: Vec::new() }
+        Ring { backend, slab: Slab::with_capacity(256), waiting: Vec::new(), later: Vec::new() }
+    }
+
+    /// When something that backs off is to be submitted again, in ns of the core's clock.
+    pub(crate) fn earliest(&self) -> Option<u64> {
+        self.later.iter().map(|l| l.0).min()
+    }
+
+    /// Submits again what has backed off until now.
+    pub(crate) fn resume(&mut self, now: u64) {
+        for (_, op, user_data) in self.later.extract_if(.., |l| l.0 <= now) {
+            self.backend.push(op, user_data);
+        }
     }
 
     /// Operations whose last completion has not arrived.
@@ -185,8 +204,9 @@ impl Ring {
     }
 
     /// Handles all completions at hand; wakers go to `woken`, payloads to free to `trash`, so that neither runs foreign
-    /// code while the ring is borrowed. Returns whether the wake-up poll fired.
-    pub(crate) fn reap(&mut self, woken: &mut Vec<Waker>, trash: &mut Vec<Payload>) -> bool {
+    /// code while the ring is borrowed. What has to wait before it is tried again does so from `now` on. Returns whether
+    /// the wake-up poll fired.
+    pub(crate) fn reap(&mut self, now: u64, woken: &mut Vec<Waker>, trash: &mut Vec<Payload>) -> bool {
         let mut bell = false;
         while let Some(cqe) = self.backend.reap() {
             if cqe.user_data == WAKE_TAG {
@@ -203,7 +223,10 @@ impl Ring {
                 continue;
             };
             if let Some(again) = complete(entry, seg, cqe.res) {
-                self.backend.push(again, cqe.user_data);
+                match back_off(entry, cqe.res) {
+                    0 => self.backend.push(again, cqe.user_data),
+                    wait => self.later.push((now + wait, again, cqe.user_data)),
+                }
                 continue;
             }
             entry.left -= 1;
@@ -263,14 +286,24 @@ impl Ring {
     pub(crate) fn shutdown(&mut self) {
         let (mut woken, mut trash) = (Vec::new(), Vec::new());
         while self.in_flight() > 0 {
+            // the kernel is asked once more, and says that it is cancelled
+            self.resume(u64::MAX);
             self.backend.cancel_all();
             self.backend.submit(Some(Duration::from_millis(20)));
-            self.reap(&mut woken, &mut trash);
+            self.reap(0, &mut woken, &mut trash);
         }
     }
 }
 
 impl Entry {
+    /// Pieces that share the retries.
+    fn pieces(&self) -> u32 {
+        match &self.payload {
+            Payload::Transfer { segs, .. } => segs.len().max(1) as u32,
+            _ => 1,
+        }
+    }
+
     /// The entry is freed with nobody to take its result: a connection that was accepted for nobody is closed.
     fn close_accepted(&self) {
         if matches!(self.raw, Some(RawOp::Accept { .. })) && self.error.is_none() {
@@ -293,10 +326,19 @@ fn transfer_op(dir: Dir, buf: &Buf, seg: &Seg) -> RawOp {
     }
 }
 
+/// How long a submission that was refused waits before its next try.
+fn back_off(entry: &Entry, res: i32) -> u64 {
+    let waits = (entry.retries / entry.pieces()).saturating_sub(RETRIES_AT_ONCE);
+    match waits.checked_sub(1) {
+        Some(n) if res < 0 => (BACK_OFF_NS.0 << n).min(BACK_OFF_NS.1),
+        _ => 0,
+    }
+}
+
 /// Books one completion. `Some` is what has to be submitted again under the same user data.
 fn complete(entry: &mut Entry, index: usize, res: i32) -> Option<RawOp> {
     let res = match Errno::check(res) {
-        Err(Errno::EINTR | Errno::EAGAIN) if entry.retries < RETRIES && !entry.orphan => {
+        Err(Errno::EINTR | Errno::EAGAIN) if entry.retries < RETRIES * entry.pieces() && !entry.orphan => {
             entry.retries += 1;
             return match &entry.payload {
                 Payload::Transfer { dir, buf, segs } => Some(transfer_op(*dir, buf, &segs[index])),

@@ -149,8 +149,8 @@ fn keys_are_not_reused_early() {
     });
 }
 
-/// Goal: transfers are resumed, EINTR and EAGAIN retried a bounded number of times, the end of a file reads as zeroes
-/// and stops a write. Method: scripted results.
+/// Goal: transfers are resumed, EINTR and EAGAIN retried a bounded number of times, after a while with waits in between, the
+/// end of a file reads as zeroes and stops a write. Method: scripted results.
 #[test]
 fn partial_results_are_completed() {
     let (core, script) = scripted();
@@ -180,12 +180,62 @@ fn partial_results_are_completed() {
 
         let mut future = read(4096);
         assert!(poll(&mut future).is_pending());
-        for _ in 0..RETRIES {
+        let mut waits = 0;
+        for n in 0..RETRIES {
+            let began = core.now_exact();
             answer(-libc::EAGAIN);
             assert!(poll(&mut future).is_pending());
+            let earliest = core.ring.borrow().earliest();
+            assert_eq!(earliest.is_some(), n >= RETRIES_AT_ONCE, "retry {n}");
+            assert_eq!(core.next_alarm(), earliest);
+            if let Some(at) = earliest {
+                assert!(at - began >= BACK_OFF_NS.0 && script.borrow().pushed.is_empty());
+                waits += at - began;
+                core.ring.borrow_mut().resume(at - 1);
+                assert!(script.borrow().pushed.is_empty(), "not before its time");
+                core.ring.borrow_mut().resume(at);
+            }
         }
+        assert!((500_000_000..3_000_000_000).contains(&waits), "{waits} ns in all");
         answer(-libc::EAGAIN);
         assert!(matches!(poll(&mut future), Poll::Ready((Err(Errno::EAGAIN), _))), "believed in the end");
+    });
+}
+
+/// Goal: pieces do not use up each other's retries. Method: a transfer of many pieces of which each is refused once.
+#[test]
+fn every_piece_has_retries_of_its_own() {
+    let (core, script) = scripted();
+    core.enter(|| {
+        let segs: Segs =
+            (0..100).map(|i| Seg { file: 0, off: i * 512, pos: i as u32 * 512, len: 512 }).collect();
+        let mut future = Box::pin(transfer(Dir::Read, Buf::zeroed(100 * 512), segs, None));
+        assert!(poll(&mut future).is_pending());
+        for res in [-libc::EAGAIN, 512] {
+            let all = std::mem::take(&mut script.borrow_mut().pushed);
+            assert_eq!(all.len(), 100);
+            script.borrow_mut().done.extend(all.iter().map(|p| Cqe { user_data: p.1, res }));
+            core.enter_ring(None);
+        }
+        assert!(matches!(poll(&mut future), Poll::Ready((Ok(()), _))));
+    });
+}
+
+/// Goal: a ring that is shut down does not wait for what backs off. Method: an operation that is refused for ever.
+#[test]
+fn shutting_down_ends_what_backs_off() {
+    let (core, script) = scripted();
+    core.enter(|| {
+        let mut future = read(512);
+        assert!(poll(&mut future).is_pending());
+        for _ in 0..=RETRIES_AT_ONCE {
+            let (_, user_data) = script.borrow_mut().pushed.pop().expect("submitted");
+            script.borrow_mut().done.push_back(Cqe { user_data, res: -libc::EAGAIN });
+            core.enter_ring(None);
+        }
+        assert!(core.ring.borrow().earliest().is_some());
+        core.ring.borrow_mut().shutdown();
+        assert_eq!((core.ring.borrow().in_flight(), core.ring.borrow().earliest()), (0, None));
     });
 }
 

@@ -2,4 +2,5 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod faults;
 pub mod linear;

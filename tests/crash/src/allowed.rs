@@ -159,6 +159,10 @@ impl Allowed {
         self.version += 1;
         self.reach(sectors);
         if settled {
+            // a resize that failed has cut nothing off
+            for list in &mut self.sectors[..sectors] {
+                list.retain(|v| !v.is_pending());
+            }
             for s in sectors..self.sectors.len() {
                 let gone = std::mem::replace(&mut self.sectors[s], vec![Value::zeroes()]);
                 self.past[s].extend(gone.iter().map(|v| v.word).filter(|&w| w != 0));
@@ -167,7 +171,7 @@ impl Allowed {
             return;
         }
         for s in sectors..self.sectors.len() {
-            self.sectors[s].push(Value { began: at, ..Value::zeroes() });
+            self.sectors[s].push(Value { began: at, ended: usize::MAX, durable: false, ..Value::zeroes() });
         }
         self.sizes.push(sectors);
     }
@@ -200,6 +204,11 @@ impl Allowed {
 }
 
 impl Value {
+    /// What a resize that is not settled may leave.
+    fn is_pending(&self) -> bool {
+        self.stamp == 0 && self.ended == usize::MAX
+    }
+
     fn zeroes() -> Value {
         Value { stamp: 0, word: 0, began: 0, ended: 0, sure: true, durable: true }
     }
@@ -271,5 +280,21 @@ mod tests {
         a.step(5, &Event::Resize { sectors: 2, settled: true });
         assert!(matches!(a.check(&both), Err(Wrong::Lost(_))));
         assert_eq!(a.check(&[disk(0), disk(0)].concat()), Ok(()));
+    }
+
+    /// Goal: what a failed shrink left stays. Method: write, a shrink that does not take place, a flush.
+    #[test]
+    fn a_failed_shrink_cuts_nothing_off() {
+        let mut a = Allowed::new(2);
+        a.step(1, &Event::GuestBegan { stamp: 5, first: 1, count: 1, zero: false });
+        a.step(2, &Event::GuestEnded { stamp: 5, sure: true, durable: false });
+        a.step(3, &Event::Resize { sectors: 1, settled: false });
+        a.step(4, &Event::GuestFlushBegan { id: 6 });
+        a.step(5, &Event::GuestFlushed { id: 6 });
+        let (old, cut) = ([disk(0), disk(5 << 24 | 1)].concat(), [disk(0), disk(0)].concat());
+        assert_eq!((a.check(&old), a.check(&cut)), (Ok(()), Ok(())), "not settled");
+        a.step(6, &Event::Resize { sectors: 2, settled: true });
+        assert_eq!(a.check(&old), Ok(()));
+        assert!(a.check(&cut).is_err(), "the write was flushed");
     }
 }

@@ -37,6 +37,8 @@ pub struct Budget {
     pub states: u64,
     /// End with the first failure.
     pub first: bool,
+    /// No cuts before so many events.
+    pub from: usize,
     /// Not beyond this moment.
     pub until: Option<Instant>,
     /// Where the choices come from.
@@ -58,6 +60,7 @@ impl Budget {
             moments: 10,
             states: u64::MAX,
             first: false,
+            from: 0,
             until: None,
             seed,
         }
@@ -235,6 +238,7 @@ pub fn enumerate(recording: &Recording, budget: &Budget, judge: &mut dyn Judge) 
         over: false,
     };
     let mut cut = Cut::default();
+    walk.go_to(budget.from);
     while !e.over && walk.next_cut() {
         walk.load(&mut cut);
         if walk.allowed.version() != e.version {

@@ -78,6 +78,11 @@ impl Alloc {
         std::mem::replace(&mut self.run, 0..0)
     }
 
+    /// Clusters below `end` may have been written.
+    fn used(&mut self, end: u64) {
+        self.fresh = self.fresh.max(end);
+    }
+
     /// First cluster behind everything that was ever handed out or reserved.
     fn end(&self) -> u64 {
         self.fresh.max(self.run.end)
@@ -116,10 +121,10 @@ impl Image {
                     continue;
                 }
                 self.event(DebugEvent::RefblockAlloc).await;
+                // Before the write: one that fails may leave something there.
+                self.alloc.borrow_mut().used(first.0 + 1);
                 self.refcounts.make_block(turn, first).await?;
                 self.metadata.borrow_mut().insert(first.0);
-                let mut alloc = self.alloc.borrow_mut();
-                alloc.fresh = alloc.fresh.max(first.0 + 1);
                 continue;
             }
             if let Some(c) = (first.0..first.0 + count).find(|&c| self.is_metadata(HostCluster(c))) {
@@ -178,17 +183,18 @@ impl Image {
         if g.host_offset(HostCluster(first.0 + blocks * g.refblock_entries())).0 > HOST_OFFSET_LIMIT {
             return Err(Errno::EFBIG);
         }
-        let entries = self.refcounts.table.len();
+        let before = self.refcounts.table.len();
         self.refcounts.grow_table(clusters);
-        let table_at = match self.write_grown_table(turn, first, clusters).await {
+        let placed = self.place_table(turn, first, clusters).await;
+        let table_at = match placed {
             Ok(at) => at,
             Err(e) => {
-                // the table on the disk is the old one: entries behind its end would be written over something else
-                self.refcounts.shrink_table(entries);
-                let end = first.0 + blocks * g.refblock_entries();
-                self.metadata.borrow_mut().retain(|c| !(first.0..end).contains(c));
-                let mut alloc = self.alloc.borrow_mut();
-                alloc.fresh = alloc.fresh.max(end);
+                // The table in memory is as long as that on the disk: longer, it would be written over what follows it.
+                let blocks = self.refcounts.forget_from(turn, before);
+                let mut meta = self.metadata.borrow_mut();
+                blocks.iter().for_each(|at| {
+                    meta.remove(&g.host_cluster(*at).0);
+                });
                 return Err(e);
             }
         };
@@ -198,14 +204,11 @@ impl Image {
             h.reftable_offset = g.host_offset(table_at);
             h.reftable_clusters = clusters as u32;
         }
+        self.refcounts.table.set_clean();
         let written = match mutant!("grown-table-header") {
             true => self.write_header().await,
             false => self.write_header_durable().await,
         };
-        if let Err(e) = written {
-            return Err(self.set_poison(e));
-        }
-        self.refcounts.table.set_clean();
         let old = g.host_cluster(old_at);
         {
             let mut meta = self.metadata.borrow_mut();
@@ -214,26 +217,29 @@ impl Image {
             });
             meta.extend(table_at.0..table_at.0 + clusters);
         }
-        self.limbo.borrow_mut().durable(old, old_clusters);
-        Ok(())
+        // If the header was not written, the disk may go on using the old table until it is (`settle_header`).
+        match written {
+            Ok(()) => self.limbo.borrow_mut().durable(old, old_clusters),
+            Err(_) => self.limbo.borrow_mut().unlinked(old, old_clusters),
+        }
+        written
     }
 
-    /// Writes the grown table and the blocks that it needs to where nothing is yet, and makes them durable.
-    async fn write_grown_table(
+    /// Writes a table of `clusters` clusters somewhere from `first` on, durably, with the blocks that count it. Returns where.
+    async fn place_table(
         self: &Rc<Self>,
         turn: &Turn<'_>,
         first: HostCluster,
         clusters: u64,
     ) -> Result<HostCluster, Errno> {
-        let g = self.geometry;
-        let table_at = self.place_table(turn, first, clusters).await?;
+        let table_at = self.count_table(turn, first, clusters).await?;
         self.event(DebugEvent::RefblockAllocWriteBlocks).await;
         if !mutant!("grown-table-counters") {
             self.refcounts.write_dirty(turn).await?;
         }
-        let bytes = self.refcounts.table.encode_all((clusters * g.cluster_size()) as usize);
+        let bytes = self.refcounts.table.encode_all((clusters * self.geometry.cluster_size()) as usize);
         self.event(DebugEvent::RefblockAllocWriteTable).await;
-        self.file.write(g.host_offset(table_at).0, bytes).await?;
+        self.file.write(self.geometry.host_offset(table_at).0, bytes).await?;
         if !mutant!("grown-table-barrier") {
             self.barrier().await?;
         }
@@ -241,7 +247,7 @@ impl Image {
     }
 
     /// Counts `clusters` clusters for a table from `first` on, making blocks on the way. Returns where the table goes.
-    async fn place_table(
+    async fn count_table(
         self: &Rc<Self>,
         turn: &Turn<'_>,
         first: HostCluster,
@@ -256,6 +262,8 @@ impl Image {
             blocks += 1;
         }
         let table_at = HostCluster(first.0 + blocks);
+        // Before the writes: those that fail may leave something there.
+        self.alloc.borrow_mut().used(table_at.0 + clusters);
         for b in 0..blocks {
             let i = ReftableIndex(g.reftable_index(first).0 + b);
             let at = HostCluster(first.0 + b);
@@ -265,8 +273,6 @@ impl Image {
         for c in first.0..table_at.0 + clusters {
             self.refcounts.set(turn, HostCluster(c), 1).await?;
         }
-        let mut alloc = self.alloc.borrow_mut();
-        alloc.fresh = alloc.fresh.max(table_at.0 + clusters);
         Ok(table_at)
     }
 

@@ -176,7 +176,8 @@ impl Image {
             if room > 0 && room < len {
                 let run = self.allocate(1).await?;
                 let at = g.host_offset(run.first).0;
-                if at == tail.end && self.share(first).await? {
+                let shared = if at == tail.end { self.share(first).await } else { Ok(false) };
+                if shared.inspect_err(|_| self.give_back(run.first, 1))? {
                     self.packing_in.set(Some(run.first));
                     *packing = Some(at + (len - room)..at + cs);
                     return Ok((HostOffset(tail.start), first, 2));

@@ -104,6 +104,8 @@ pub(super) struct Image {
     /// The backing file, to know how far it reaches.
     pub(super) below: Option<Rc<dyn Store>>,
     poison: Cell<Option<Errno>>,
+    /// A write of the header failed: the disk has the old one or the new one (D5) until the header is written again.
+    header_unsure: Cell<bool>,
     corrupt_text: RefCell<Option<String>>,
     idle_seconds: Cell<u32>,
 }
@@ -151,6 +153,7 @@ impl Image {
             packing_in: Cell::new(None),
             below: files.below,
             poison: Cell::new(None),
+            header_unsure: Cell::new(false),
             corrupt_text: RefCell::new(None),
             idle_seconds: Cell::new(0),
         })
@@ -213,7 +216,22 @@ impl Image {
         let bytes = self.header.borrow().serialise().map_err(|e| e.errno)?;
         let mut buf = Buf::zeroed(bytes.len().next_multiple_of(512));
         buf[..bytes.len()].copy_from_slice(&bytes);
-        self.file.write(0, buf).await
+        let done = self.file.write(0, buf).await;
+        self.header_unsure.set(done.is_err());
+        done
+    }
+
+    /// Whether the disk may have another header than memory.
+    pub(super) fn is_header_unsure(&self) -> bool {
+        self.header_unsure.get()
+    }
+
+    /// Makes a failed write of the header good. Whatever either header names is left alone until this has succeeded.
+    pub(super) async fn settle_header(&self) -> Result<(), Errno> {
+        if self.header_unsure.get() {
+            self.write_header_durable().await?;
+        }
+        Ok(())
     }
 
     /// Writes the header and makes it durable.

@@ -273,10 +273,13 @@ impl Refcounts {
         (need * g.cluster_size() <= MAX_REFTABLE_BYTES).then_some(need)
     }
 
-    /// Takes back what [`Refcounts::grow_table`] added, and the blocks made for it.
-    pub(super) fn shrink_table(&self, entries: usize) {
-        self.table.resize(entries);
-        self.blocks.borrow_mut().retain(|i, _| i.at() < entries);
+    /// Shortens the table in memory to `len` entries, and forgets the blocks that those behind named. Returns where these are.
+    pub(super) fn forget_from(&self, _turn: &Turn<'_>, len: usize) -> Vec<HostOffset> {
+        let named = (len..self.table.len()).map(|i| self.table.at(i)).filter(|&at| at != 0).map(HostOffset);
+        let named = named.collect();
+        self.blocks.borrow_mut().retain(|i, _| i.at() < len);
+        self.table.resize(len);
+        named
     }
 
     /// Lengthens the table in memory to `clusters` clusters.

@@ -100,8 +100,12 @@ impl Image {
             self.l1.resize(entries as usize);
             let bytes = self.l1.encode_all((clusters * g.cluster_size()) as usize);
             self.event(DebugEvent::L1GrowWriteTable).await;
-            self.file.write(old_at.0, bytes).await?;
-            self.barrier().await?;
+            let cleared = match self.file.write(old_at.0, bytes).await {
+                Ok(()) => self.barrier().await,
+                failed => failed,
+            };
+            // Longer in memory than the header says, it would be taken for grown the next time.
+            cleared.inspect_err(|_| self.l1.resize(old_len))?;
             self.event(DebugEvent::L1GrowActivateTable).await;
             self.header.borrow_mut().l1_size = entries as u32;
             return self.write_header_durable().await;
@@ -112,7 +116,8 @@ impl Image {
         let bytes = self.l1.encode_all((clusters * g.cluster_size()) as usize);
         if let Err(e) = self.place_l1(at, bytes, entries).await {
             self.l1.resize(old_len);
-            self.give_back(at, clusters);
+            // The header on the disk may name the new table: it is free when the old header is there for certain.
+            self.limbo.borrow_mut().unlinked(at, clusters);
             return Err(e);
         }
         self.l1.set_clean();

@@ -5,6 +5,7 @@
 //! flush poisons the image; the image in memory stays the truth whatever the disk does.
 //!
 //! ```text
+//! header, if a write of it failed ─► flush
 //! copy: dirty slices, L1 pieces, freed list            (one moment, no await)
 //! refcount blocks ─► flush (data file first) ─► refcount table ─► flush     rules 1, 2, 4; second flush only if needed
 //! L2 slices, L1 pieces ─► flush                                             rules 3, 5
@@ -114,6 +115,7 @@ impl Image {
 
     async fn run_group(self: &Rc<Self>) -> Result<(), Errno> {
         self.poisoned()?;
+        self.settle_header().await?;
         let copies = self.copy_dirty();
         let result = self.write_group(&copies).await;
         let Copies { slices, l1, freed } = copies;
@@ -279,6 +281,7 @@ impl Image {
             || self.l1.is_dirty()
             || self.refcounts.is_dirty()
             || self.limbo.borrow().is_pending()
+            || self.is_header_unsure()
     }
 }
 

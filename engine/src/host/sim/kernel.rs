@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use super::disk::{Change, Disk, Disks};
+use super::sabotage::{Harm, Saboteur};
 use super::{Faults, Rng};
 use crate::error::Errno;
 use crate::host::linux::{FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE};
@@ -28,6 +29,7 @@ struct Flying {
     disk: Option<Arc<Disk>>,
     /// Its change in the disk's log, or the start of a flush.
     token: u64,
+    harm: Option<Harm>,
 }
 
 /// One core's part.
@@ -44,6 +46,7 @@ pub(super) struct Kernel {
     pub(super) time: Arc<AtomicU64>,
     pub(super) disks: Arc<Disks>,
     pub(super) faults: Faults,
+    pub(super) saboteur: Option<Arc<Saboteur>>,
     queues: Vec<Queue>,
     /// By due time, then a random number, then order of submission.
     flying: BTreeMap<(u64, u64, u64), (usize, Flying)>,
@@ -60,6 +63,7 @@ impl Kernel {
             time: Arc::default(),
             disks,
             faults,
+            saboteur: None,
             queues: (0..cores).map(|_| Queue::default()).collect(),
             flying: BTreeMap::new(),
             count: 0,
@@ -103,10 +107,12 @@ impl Kernel {
             let id = slot.and_then(|s| self.queues[core].slots.get(&s).copied());
             let disk = id.and_then(|id| self.disks.by_id(id));
             let token = disk.as_ref().map_or(0, |d| begin(&op, d));
-            let due = self.now() + self.latency();
+            let harm = self.saboteur.as_ref().zip(id).and_then(|(s, id)| s.meet(&op, id));
+            let stall = if let Some(Harm::Stall(ns)) = harm { ns } else { 0 };
+            let due = self.now() + self.latency() + stall;
             let tie = self.rng.next();
             self.count += 1;
-            self.flying.insert((due, tie, self.count), (core, Flying { op, user_data, disk, token }));
+            self.flying.insert((due, tie, self.count), (core, Flying { op, user_data, disk, token, harm }));
         }
     }
 
@@ -151,6 +157,9 @@ impl Kernel {
             disk.forget(f.token);
             return -libc::EINVAL;
         }
+        if let Some(Harm::Error(e)) = f.harm {
+            return self.harm(f, disk, e);
+        }
         if self.rng.chance(self.faults.interrupted) {
             if is_change(&f.op) {
                 disk.forget(f.token);
@@ -158,8 +167,10 @@ impl Kernel {
             return -self.rng.pick(&[libc::EINTR, libc::EAGAIN]);
         }
         match f.op {
-            RawOp::Read { ptr, len, off, .. } => self.read(disk, ptr, len, off),
-            RawOp::Write { off, len, dsync, .. } => self.write(disk, f.token, off, len, dsync),
+            RawOp::Read { ptr, len, off, .. } => self.read(disk, ptr, cut_short(f.harm, disk, len), off),
+            RawOp::Write { off, len, dsync, .. } => {
+                self.write(disk, f.token, off, cut_short(f.harm, disk, len), dsync)
+            }
             RawOp::Fdatasync { .. } => {
                 let ok = !self.rng.chance(self.faults.flush_error);
                 disk.flushed(f.token, ok);
@@ -171,6 +182,20 @@ impl Kernel {
             RawOp::Ftruncate { .. } => self.change(disk, f.token, false),
             _ => -libc::ENOSYS,
         }
+    }
+
+    /// The operation fails with this error.
+    fn harm(&mut self, f: &Flying, disk: &Disk, e: Errno) -> i32 {
+        match f.op {
+            _ if matches!(e, Errno::EINTR | Errno::EAGAIN) => disk.forget(f.token),
+            RawOp::Write { .. } => {
+                let mut rng = self.rng.fork();
+                disk.fail(f.token, &mut rng);
+            }
+            RawOp::Fdatasync { .. } => disk.flushed(f.token, false),
+            _ => disk.forget(f.token),
+        }
+        -e.0
     }
 
     fn read(&mut self, disk: &Disk, ptr: *mut u8, len: u32, off: u64) -> i32 {
@@ -239,6 +264,15 @@ impl Kernel {
                 self.finish(core, f.user_data, -libc::ECANCELED);
             }
         }
+    }
+}
+
+/// The length of a transfer that ends in the middle of its sectors, or of the disk's blocks, where it is long enough.
+fn cut_short(harm: Option<Harm>, disk: &Disk, len: u32) -> u32 {
+    let unit = disk.limits().request_align.max(super::disk::SECTOR as u32);
+    match harm {
+        Some(Harm::Short) if len > unit => (len / 2).next_multiple_of(unit).min(len - unit),
+        _ => len,
     }
 }
 

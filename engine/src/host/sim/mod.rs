@@ -16,6 +16,7 @@ mod journal;
 mod kernel;
 mod oracle;
 mod rng;
+mod sabotage;
 mod world;
 
 pub use disk::{Change, Disk, Disks, SECTOR};
@@ -24,6 +25,7 @@ pub use image::Image;
 pub use journal::{Event, Journal};
 pub use oracle::{Oracle, is_injected};
 pub use rng::Rng;
+pub use sabotage::{Harm, OpKind, Saboteur, Submitted, Trap};
 pub use world::{Setup, World};
 
 /// What goes wrong, and how long things take. Probabilities are per thousand operations.

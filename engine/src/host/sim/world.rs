@@ -15,7 +15,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
 use super::kernel::{Kernel, SimRing};
-use super::{Disks, Faults, Image, Journal, Rng};
+use super::{Disks, Faults, Image, Journal, Rng, Saboteur};
 use crate::core::Core;
 use crate::driver::LocalFuture;
 use crate::engine::{Engine, EngineShared};
@@ -44,13 +44,15 @@ pub struct Setup {
     pub files: BTreeMap<PathBuf, Image>,
     /// Where everything that happens to the disks is written down.
     pub journal: Option<Arc<Journal>>,
+    /// Who harms single operations.
+    pub saboteur: Option<Arc<Saboteur>>,
 }
 
 impl Setup {
     /// A world without faults and files.
     pub fn new(seed: u64, cores: usize) -> Setup {
         let files = BTreeMap::new();
-        Setup { seed, cores, align: 1, faults: Faults::default(), files, journal: None }
+        Setup { seed, cores, align: 1, faults: Faults::default(), files, journal: None, saboteur: None }
     }
 
     /// With this file.
@@ -74,7 +76,8 @@ impl World {
     pub fn new(setup: Setup) -> World {
         let cores = setup.cores.max(1);
         let disks = Arc::new(Disks::new(setup.align, setup.files, setup.journal));
-        let kernel = Kernel::new(Rng::new(setup.seed), cores, disks.clone(), setup.faults);
+        let mut kernel = Kernel::new(Rng::new(setup.seed), cores, disks.clone(), setup.faults);
+        kernel.saboteur = setup.saboteur;
         let clock = Clock::Sim(kernel.time.clone());
         let kernel = Rc::new(RefCell::new(kernel));
         let inboxes = (0..cores).map(|i| Arc::new(CoreShared::new(i).expect("an eventfd"))).collect();
@@ -200,7 +203,7 @@ impl World {
 
     /// To the next completion or timer.
     fn jump(&mut self) -> bool {
-        let timers = self.cores.iter().filter_map(|c| c.timers.earliest());
+        let timers = self.cores.iter().filter_map(|c| c.next_alarm());
         let next = timers.chain(self.kernel.borrow().next_due()).min();
         let Some(next) = next else { return false };
         self.pass(next.max(self.now()));
