@@ -242,6 +242,25 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// Goal: the size of what is read-only stays. Method: a file, and a raw node on a read-only file.
+    #[test]
+    fn read_only_nodes_are_not_resized() {
+        let p = Pipe::new();
+        let path = folder("read-only").join("f");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        let file = json!({"driver": "file", "node-name": "f", "filename": path, "read-only": true});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        assert_eq!(p.run("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "f"})), json!({}));
+        let before = p.run("x-debug-query-block-graph", json!({}));
+        for node in ["f", "r"] {
+            let resize = p.run("block_resize", json!({"node-name": node, "size": 512}));
+            assert_eq!(resize, "Image is read-only");
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+        }
+        assert_eq!(p.run("x-debug-query-block-graph", json!({})), before);
+        p.daemon.close().unwrap();
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {

@@ -94,6 +94,10 @@ impl State {
         if node.flags.read_only && perm & (WRITE | WRITE_UNCHANGED) != 0 && !node.common.auto_read_only {
             return Err(Error::new(Errno::EPERM, "Block node is read-only"));
         }
+        // only a resize asks for this alone
+        if node.flags.read_only && perm & RESIZE != 0 {
+            return Err(Error::new(Errno::EACCES, "Image is read-only"));
+        }
         Ok(())
     }
 }
