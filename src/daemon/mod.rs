@@ -261,6 +261,39 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// A small image in a folder of its own; its path.
+    fn image(folder_name: &str, backing: Option<&str>) -> std::path::PathBuf {
+        use ringblock_drivers::format::qcow2::create::{CreateOptions, create};
+        let path = folder(folder_name).join("q");
+        let backing_file = backing.map(str::to_owned);
+        let new = create(&CreateOptions {
+            size: 65536,
+            backing_format: backing.map(|_| "raw".to_owned()),
+            backing_file,
+            ..CreateOptions::default()
+        })
+        .unwrap();
+        let mut bytes = vec![0; new.file_size as usize];
+        for (at, part) in new.writes() {
+            bytes[at.0 as usize..at.0 as usize + part.len()].copy_from_slice(&part);
+        }
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// Goal: read-only is read-only, with auto-read-only as well. Method: a format that would write, on such a file.
+    #[test]
+    fn read_only_wins_over_auto_read_only() {
+        let p = Pipe::new();
+        let path = image("auto", None);
+        let file = json!({"driver": "file", "node-name": "f", "filename": path, "read-only": true, "auto-read-only": true});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        let format = |read_only: bool| json!({"driver": "qcow2", "node-name": "q", "file": "f", "read-only": read_only});
+        assert_eq!(p.run("blockdev-add", format(false)), "Block node is read-only");
+        assert_eq!(p.run("blockdev-add", format(true)), json!({}));
+        p.daemon.close().unwrap();
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {
