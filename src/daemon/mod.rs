@@ -294,6 +294,22 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// Goal: an image that names a backing file is reopened only with a word about it. Method: opened without one,
+    /// reopened without a word, and with.
+    #[test]
+    fn reopen_asks_for_the_backing_file_that_the_image_names() {
+        let p = Pipe::new();
+        let path = image("names-backing", Some("below"));
+        let file = json!({"driver": "file", "node-name": "f", "filename": path});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        let node = json!({"driver": "qcow2", "node-name": "q", "file": "f", "backing": null});
+        assert_eq!(p.run("blockdev-add", node.clone()), json!({}));
+        let silent = json!({"driver": "qcow2", "node-name": "q", "file": "f"});
+        assert_eq!(p.run("blockdev-reopen", json!({"options": [silent]})), "backing is missing for 'q'");
+        assert_eq!(p.run("blockdev-reopen", json!({"options": [node]})), json!({}));
+        p.daemon.close().unwrap();
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {
