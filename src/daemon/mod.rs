@@ -310,6 +310,26 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// Goal: a list is judged as a whole, in whatever order. Method: a format and its file become read-only, the file
+    /// first; alone it cannot.
+    #[test]
+    fn reopen_in_any_order() {
+        let p = Pipe::new();
+        let path = image("order", None);
+        let file = |ro: bool| json!({"driver": "file", "node-name": "f", "filename": path, "read-only": ro});
+        let format = |ro: bool| json!({"driver": "qcow2", "node-name": "q", "file": "f", "read-only": ro});
+        let reopen = |list: Value| p.run("blockdev-reopen", json!({"options": list}));
+        assert_eq!(p.run("blockdev-add", file(false)), json!({}));
+        assert_eq!(p.run("blockdev-add", format(false)), json!({}));
+        let before = p.run("query-named-block-nodes", json!({}));
+        assert_eq!(reopen(json!([file(true)])), "Read-only block node 'f' cannot support read-write users");
+        assert_eq!(p.run("query-named-block-nodes", json!({})), before);
+        assert_eq!(reopen(json!([file(true), format(true)])), json!({}));
+        assert_eq!(reopen(json!([format(false), file(false)])), json!({}));
+        assert_eq!(p.run("query-named-block-nodes", json!({})), before);
+        p.daemon.close().unwrap();
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {
