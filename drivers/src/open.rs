@@ -10,6 +10,7 @@
 //! ```
 
 use crate::filter::{blklogwrites, blkverify};
+use crate::format::qcow2::Qcow2;
 use crate::format::raw::{self, RawConfig};
 use crate::open_qcow2;
 use crate::options::blockdev::{
@@ -283,13 +284,15 @@ fn replaced(edge: &str, node: &NodeInfo) -> Error {
     Error::new(Errno::ENOTSUP, text)
 }
 
-/// The `backing` option must be there if a backing node is, because leaving it out would not say which.
+/// The `backing` option must be there if a backing node is, or if the image names one: leaving it out would not say which.
 fn reopen_backing(
     given: Option<&BlockdevRefOrNull>,
     node: &NodeInfo,
     detach: &mut Vec<&'static str>,
 ) -> Result<Option<BlockdevRef>, Error> {
-    let there = node.edges.iter().any(|e| e.name == "backing");
+    let image = node.driver.as_any().downcast_ref::<Qcow2>();
+    let there = node.edges.iter().any(|e| e.name == "backing")
+        || image.is_some_and(|image| image.header().backing_file.is_some());
     match given {
         None if there => Err(Error::invalid(format!("backing is missing for '{}'", node.name))),
         None => Ok(None),

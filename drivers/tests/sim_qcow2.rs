@@ -21,6 +21,7 @@ use ringblock_engine::core::Core;
 use ringblock_engine::driver::{LocalFuture, perm};
 use ringblock_engine::error::Error;
 use ringblock_engine::graph::{Graph, RootSpec};
+use ringblock_engine::host::linux::{FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE};
 use ringblock_engine::host::sim::{Faults, Guest, Image, Oracle, Rng, SECTOR, Setup, World, lock};
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
@@ -384,6 +385,30 @@ fn a_full_disk_is_survived() {
             }
             let report = check_closed(root).await;
             assert_eq!((report.corruptions, report.check_errors), (0, 0), "{:?}", report.messages);
+            Graph::current().shutdown().await.expect("closing");
+        })
+    });
+}
+
+/// Goal: zeroes that are found are written where the host has no way to zero a range, and nothing goes round in circles.
+/// Method: zero detection on a file, every way of fallocate refused; zeroes into an allocated cluster and into a new one.
+#[test]
+fn zeroes_are_found_where_the_host_cannot_zero() {
+    let mut case = Case::new("64k", 65536, 1 << 20);
+    case.more = json!({"file": {"driver": "file", "filename": "/img", "detect-zeroes": "on"}});
+    let punch = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE;
+    let refused_fallocate = vec![0, punch, FALLOC_ZERO_RANGE, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE];
+    let (mut world, root, _) = world(&case, 9, Faults { refused_fallocate, ..Faults::default() });
+    world.run(move || {
+        Box::pin(async move {
+            for (off, byte, len) in [(0, 7, 65536), (4096, 0, 4096), (131072, 0, 4096)] {
+                let mut buf = Buf::new(len);
+                buf.fill(byte);
+                root.write(off, buf, Default::default()).await.0.expect("write");
+                let (result, buf) = root.read(off, Buf::new(len)).await;
+                result.expect("read");
+                assert!(buf.iter().all(|&b| b == byte));
+            }
             Graph::current().shutdown().await.expect("closing");
         })
     });

@@ -242,6 +242,94 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// Goal: the size of what is read-only stays. Method: a file, and a raw node on a read-only file.
+    #[test]
+    fn read_only_nodes_are_not_resized() {
+        let p = Pipe::new();
+        let path = folder("read-only").join("f");
+        std::fs::write(&path, [7; 4096]).unwrap();
+        let file = json!({"driver": "file", "node-name": "f", "filename": path, "read-only": true});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        assert_eq!(p.run("blockdev-add", json!({"driver": "raw", "node-name": "r", "file": "f"})), json!({}));
+        let before = p.run("x-debug-query-block-graph", json!({}));
+        for node in ["f", "r"] {
+            let resize = p.run("block_resize", json!({"node-name": node, "size": 512}));
+            assert_eq!(resize, "Image is read-only");
+            assert_eq!(std::fs::metadata(&path).unwrap().len(), 4096);
+        }
+        assert_eq!(p.run("x-debug-query-block-graph", json!({})), before);
+        p.daemon.close().unwrap();
+    }
+
+    /// A small image in a folder of its own; its path.
+    fn image(folder_name: &str, backing: Option<&str>) -> std::path::PathBuf {
+        use ringblock_drivers::format::qcow2::create::{CreateOptions, create};
+        let path = folder(folder_name).join("q");
+        let backing_file = backing.map(str::to_owned);
+        let new = create(&CreateOptions {
+            size: 65536,
+            backing_format: backing.map(|_| "raw".to_owned()),
+            backing_file,
+            ..CreateOptions::default()
+        })
+        .unwrap();
+        let mut bytes = vec![0; new.file_size as usize];
+        for (at, part) in new.writes() {
+            bytes[at.0 as usize..at.0 as usize + part.len()].copy_from_slice(&part);
+        }
+        std::fs::write(&path, bytes).unwrap();
+        path
+    }
+
+    /// Goal: read-only is read-only, with auto-read-only as well. Method: a format that would write, on such a file.
+    #[test]
+    fn read_only_wins_over_auto_read_only() {
+        let p = Pipe::new();
+        let path = image("auto", None);
+        let file = json!({"driver": "file", "node-name": "f", "filename": path, "read-only": true, "auto-read-only": true});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        let format = |read_only: bool| json!({"driver": "qcow2", "node-name": "q", "file": "f", "read-only": read_only});
+        assert_eq!(p.run("blockdev-add", format(false)), "Block node is read-only");
+        assert_eq!(p.run("blockdev-add", format(true)), json!({}));
+        p.daemon.close().unwrap();
+    }
+
+    /// Goal: an image that names a backing file is reopened only with a word about it. Method: opened without one,
+    /// reopened without a word, and with.
+    #[test]
+    fn reopen_asks_for_the_backing_file_that_the_image_names() {
+        let p = Pipe::new();
+        let path = image("names-backing", Some("below"));
+        let file = json!({"driver": "file", "node-name": "f", "filename": path});
+        assert_eq!(p.run("blockdev-add", file), json!({}));
+        let node = json!({"driver": "qcow2", "node-name": "q", "file": "f", "backing": null});
+        assert_eq!(p.run("blockdev-add", node.clone()), json!({}));
+        let silent = json!({"driver": "qcow2", "node-name": "q", "file": "f"});
+        assert_eq!(p.run("blockdev-reopen", json!({"options": [silent]})), "backing is missing for 'q'");
+        assert_eq!(p.run("blockdev-reopen", json!({"options": [node]})), json!({}));
+        p.daemon.close().unwrap();
+    }
+
+    /// Goal: a list is judged as a whole, in whatever order. Method: a format and its file become read-only, the file
+    /// first; alone it cannot.
+    #[test]
+    fn reopen_in_any_order() {
+        let p = Pipe::new();
+        let path = image("order", None);
+        let file = |ro: bool| json!({"driver": "file", "node-name": "f", "filename": path, "read-only": ro});
+        let format = |ro: bool| json!({"driver": "qcow2", "node-name": "q", "file": "f", "read-only": ro});
+        let reopen = |list: Value| p.run("blockdev-reopen", json!({"options": list}));
+        assert_eq!(p.run("blockdev-add", file(false)), json!({}));
+        assert_eq!(p.run("blockdev-add", format(false)), json!({}));
+        let before = p.run("query-named-block-nodes", json!({}));
+        assert_eq!(reopen(json!([file(true)])), "Read-only block node 'f' cannot support read-write users");
+        assert_eq!(p.run("query-named-block-nodes", json!({})), before);
+        assert_eq!(reopen(json!([file(true), format(true)])), json!({}));
+        assert_eq!(reopen(json!([format(false), file(false)])), json!({}));
+        assert_eq!(p.run("query-named-block-nodes", json!({})), before);
+        p.daemon.close().unwrap();
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {

@@ -174,8 +174,11 @@ impl Start {
         }
     }
 
-    /// Starts it; an early end gives what it printed and its exit code.
-    pub fn try_start(self) -> Result<Daemon, String> {
+    /// Starts it and does not wait: it may serve later, or end.
+    ///
+    /// # Panics
+    /// If the program cannot be run.
+    pub fn launch(self) -> Daemon {
         let pidfile = self.base.with_extension("pid");
         let log = std::fs::File::create(self.base.with_extension("log")).expect("a log file");
         let cmd = self.cmd.arg("--pidfile").arg(pidfile.to_string_lossy());
@@ -183,7 +186,13 @@ impl Start {
         command.stdin(Stdio::null());
         command.stdout(log.try_clone().expect("a second handle")).stderr(log);
         let child = command.spawn().unwrap_or_else(|e| panic!("cannot start {cmd:?}: {e}"));
-        let mut daemon = Daemon { child, base: self.base };
+        Daemon { child, base: self.base }
+    }
+
+    /// Starts it; an early end gives what it printed and its exit code.
+    pub fn try_start(self) -> Result<Daemon, String> {
+        let pidfile = self.base.with_extension("pid");
+        let mut daemon = self.launch();
         let start = Instant::now();
         while !(pidfile.exists() && accepts(&daemon.nbd_socket()) && accepts(&daemon.qmp_socket())) {
             if let Ok(Some(status)) = daemon.child.try_wait() {

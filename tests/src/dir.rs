@@ -15,8 +15,18 @@ pub struct TestDir {
 impl TestDir {
     /// Makes an empty directory whose name starts with `name`.
     pub fn new(name: &str) -> Self {
+        Self::within(&std::env::temp_dir(), name)
+    }
+
+    /// The same in memory where that is to be had: for tests that kill processes and not machines.
+    pub fn in_memory(name: &str) -> Self {
+        let memory = Path::new("/dev/shm");
+        if memory.is_dir() { Self::within(memory, name) } else { Self::new(name) }
+    }
+
+    fn within(parent: &Path, name: &str) -> Self {
         let n = NEXT.fetch_add(1, Ordering::Relaxed);
-        let path = std::env::temp_dir().join(format!("rbt-{name}-{}-{n}", std::process::id()));
+        let path = parent.join(format!("rbt-{name}-{}-{n}", std::process::id()));
         let _ = std::fs::remove_dir_all(&path);
         std::fs::create_dir_all(&path).unwrap_or_else(|e| panic!("mkdir {}: {e}", path.display()));
         Self { path }

@@ -18,13 +18,14 @@
 //! ```text
 //!   tests/*.rs ──► tools (run a program)   daemon (serve + sockets) ──► nbd, qmp (clients)
 //!        │                                                                  │
-//!        └──────► images (recipes)   normal (compare texts)          model (what may be read back)
+//!        └──────► images (recipes)   normal (compare texts)   kill9 ──► model (what may be read back)
 //! ```
 #![forbid(unsafe_code)]
 
 pub mod daemon;
 pub mod dir;
 pub mod images;
+pub mod kill9;
 pub mod model;
 pub mod nbd;
 pub mod normal;

@@ -124,6 +124,17 @@ impl Model {
         inner.flushed = inner.flushed.max(start);
     }
 
+    /// The server was killed, and another goes on with what it left: a later flush settles nothing of what was not
+    /// settled then, and nothing of it can come any more that a later write would not supersede.
+    pub fn crashed(&self) {
+        let mut inner = self.lock();
+        let (now, flushed) = (inner.tick(), inner.flushed);
+        for op in &mut inner.ops {
+            op.binding &= op.settled(flushed);
+            op.end = op.end.min(now);
+        }
+    }
+
     /// Checks what a read that began at `start` has just returned. Words, not sectors, are judged: a read
     /// may see half of a write that runs beside it.
     pub fn check_read(&self, start: u64, offset: u64, data: &[u8]) -> Result<(), String> {
@@ -151,7 +162,7 @@ impl Model {
         let flushed = inner.flushed;
         let settled = |op: &Op| match after {
             After::CleanEnd => op.end != u64::MAX,
-            After::Crash => op.end < flushed || (op.fua && op.end != u64::MAX),
+            After::Crash => op.settled(flushed),
         };
         let mut found = Vec::with_capacity(inner.base.len());
         for (sector, bytes) in (0u64..).zip(disk.chunks(SECTOR as usize)) {
@@ -163,6 +174,13 @@ impl Model {
             found.push(value);
         }
         Ok(found)
+    }
+}
+
+impl Op {
+    /// Whether a crash cannot take it away, if the latest completed flush began at `flushed`.
+    fn settled(&self, flushed: u64) -> bool {
+        self.end < flushed || (self.fua && self.end != u64::MAX)
     }
 }
 
@@ -288,6 +306,27 @@ mod tests {
         let (fua, _) = model.write(512, 512, true);
         model.done(fua);
         assert!(model.check(&vec![0; 8192], After::Crash).is_err());
+    }
+
+    /// Goal: what one crash may have lost stays lost for the next, whatever is flushed in between. Method: an unflushed
+    /// write, a crash, a flush, a crash.
+    #[test]
+    fn a_later_flush_does_not_bring_back_what_a_crash_took() {
+        let model = Model::zeroed(8192);
+        let (lost, data) = model.write(0, 512, false);
+        model.done(lost);
+        let (never_done, other) = model.write(512, 512, true);
+        model.crashed();
+        let start = model.now();
+        model.flushed(start);
+        let _ = never_done;
+        for disk in [vec![0; 8192], disk_with(0, &data), disk_with(512, &other)] {
+            assert!(model.check(&disk, After::Crash).is_ok());
+        }
+        let (kept, new) = model.write(512, 512, true);
+        model.done(kept);
+        assert!(model.check(&disk_with(512, &new), After::Crash).is_ok());
+        assert!(model.check(&disk_with(512, &other), After::Crash).is_err(), "it came back");
     }
 
     /// Goal: writes side by side may settle either way, but never mixed, misplaced or foreign.

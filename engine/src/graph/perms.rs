@@ -96,8 +96,12 @@ impl State {
             }
         }
         let (perm, _) = self.cumulated(id);
-        if node.flags.read_only && perm & (WRITE | WRITE_UNCHANGED) != 0 && !node.common.auto_read_only {
+        if node.flags.read_only && perm & (WRITE | WRITE_UNCHANGED) != 0 {
             return Err(Error::new(Errno::EPERM, "Block node is read-only"));
+        }
+        // only a resize asks for this alone
+        if node.flags.read_only && perm & RESIZE != 0 {
+            return Err(Error::new(Errno::EACCES, "Image is read-only"));
         }
         Ok(())
     }

@@ -81,10 +81,15 @@ impl Graph {
         mut items: Vec<Reopen>,
         before: &mut Vec<Before>,
     ) -> Result<(), Error> {
+        // All nodes are as they will be before any is judged: the order of the list does not matter.
+        for item in &items {
+            self.change_node(item, before)?;
+        }
+        self.check_writers(&items, before)?;
         let mut prepared = Vec::new();
         let mut result = Ok(());
-        for item in &mut items {
-            result = self.prepare_one(item, before, &mut prepared).await;
+        for (at, item) in items.iter_mut().enumerate() {
+            result = self.prepare_one(at, item, before, &mut prepared).await;
             if result.is_err() {
                 break;
             }
@@ -113,49 +118,40 @@ impl Graph {
         Ok(())
     }
 
-    /// Sets flags and edges, and has the driver prepare.
+    /// Has the driver prepare, after a flush.
     async fn prepare_one(
         self: &Rc<Graph>,
+        at: usize,
         item: &mut Reopen,
-        before: &mut Vec<Before>,
+        before: &mut [Before],
         prepared: &mut Vec<(usize, Prepared)>,
     ) -> Result<(), Error> {
         let id = self.find(&item.name).ok_or_else(|| missing(&item.name))?;
         let flushed = path::flush_node(id).await;
         flushed.map_err(|e| Error::io(e, format!("Flushing node '{}' failed", item.name)))?;
-        let driver = self.change_node(id, item, before)?;
         if let Some((open, undo)) = item.open.take() {
-            if let Some(b) = before.last_mut() {
-                b.open = Some(undo);
-            }
+            before[at].open = Some(undo);
             // only its new half is needed from here on
             item.open = Some((open, Box::new(|_| Box::pin(async { Err(Error::from(Errno::EINVAL)) }))));
             return Ok(());
         }
+        let driver = self.state.borrow().nodes.get(&id).map(|n| n.driver.clone());
+        let driver: Arc<dyn Driver> = driver.ok_or_else(|| missing(&item.name))?;
         if !driver.supports_reopen() {
             let (format, name) = (driver.name(), &item.name);
             let text =
                 format!("Block format '{format}' used by node '{name}' does not support reopening files");
             return Err(Error::new(Errno::ENOTSUP, text));
         }
-        prepared.push((before.len() - 1, driver.reopen_prepare(item).await?));
+        prepared.push((at, driver.reopen_prepare(item).await?));
         Ok(())
     }
 
-    fn change_node(
-        &self,
-        id: NodeId,
-        item: &Reopen,
-        before: &mut Vec<Before>,
-    ) -> Result<Arc<dyn Driver>, Error> {
+    /// Sets flags and edges.
+    fn change_node(&self, item: &Reopen, before: &mut Vec<Before>) -> Result<(), Error> {
+        let id = self.find(&item.name).ok_or_else(|| missing(&item.name))?;
         let mut state = self.state.borrow_mut();
-        let writers = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
         let node = state.nodes.get_mut(&id).ok_or_else(|| missing(&item.name))?;
-        // parents come first in the list: what they need is already what they will need
-        if item.flags.read_only && !node.flags.read_only && writers && !item.common.auto_read_only {
-            let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
-            return Err(Error::new(Errno::EPERM, text));
-        }
         before.push(Before {
             node: id,
             name: item.name.clone(),
@@ -171,7 +167,20 @@ impl Graph {
         for edge in node.edges.iter_mut().filter(|e| item.detach.contains(&e.name)) {
             edge.node = None;
         }
-        Ok(node.driver.clone())
+        Ok(())
+    }
+
+    /// A node that becomes read-only has no users that write.
+    fn check_writers(&self, items: &[Reopen], before: &[Before]) -> Result<(), Error> {
+        let state = self.state.borrow();
+        for (item, b) in items.iter().zip(before) {
+            let writers = state.cumulated(b.node).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
+            if item.flags.read_only && !b.flags.read_only && writers {
+                let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
+                return Err(Error::new(Errno::EPERM, text));
+            }
+        }
+        Ok(())
     }
 
     /// Opens a node's driver again, on the same edges; the old one is replaced if that succeeds.
@@ -194,7 +203,8 @@ impl Graph {
 
     /// Undoes a reopen that failed.
     async fn put_back(self: &Rc<Graph>, before: Vec<Before>) {
-        for b in &before {
+        // the last first: a node may be in the list twice
+        for b in before.iter().rev() {
             if let Some(n) = self.state.borrow_mut().nodes.get_mut(&b.node) {
                 (n.flags, n.common, n.config) = (b.flags, b.common, b.config.clone());
                 for (i, edge) in n.edges.iter_mut().enumerate() {

@@ -9,7 +9,7 @@
 use super::full;
 use super::read::{leaf_read, on_owner, read_node};
 use super::resolve::{Plan, Stop, Via};
-use super::zero::{flush_node, zeroes_node};
+use super::zero::{flush_node, zero_leaf};
 use crate::core::Core;
 use crate::debug::{DebugEvent, raise};
 use crate::driver::{Access, Flags, Grant, Kind, Leaf, LocalFuture};
@@ -342,8 +342,12 @@ async fn write_segs(
 async fn leaf_write(core: &Core, node: NodeId, off: u64, data: &[u8]) -> Result<(), Errno> {
     let view = core.view.borrow().node(node)?.clone();
     if view.flags.detect_zeroes != DetectZeroes::Off && crate::mem::is_zero(data) {
-        let flags = Flags { may_unmap: view.flags.detect_zeroes == DetectZeroes::Unmap, ..Flags::NONE };
-        return zeroes_node(node, off, data.len() as u64, flags).await;
+        // where the host cannot, the zeroes at hand are written: to write them as zeroes would lead here again
+        let unmap = view.flags.detect_zeroes == DetectZeroes::Unmap;
+        match zero_leaf(core, &view, off..off + data.len() as u64, unmap).await {
+            Err(Errno::ENOTSUP) => {}
+            done => return done,
+        }
     }
     let file = match view.driver.kind() {
         Kind::Leaf(Leaf::File(file)) => file.clone(),

@@ -168,6 +168,18 @@ pub(crate) fn discard_node(id: NodeId, off: u64, len: u64) -> LocalFuture<'stati
     })
 }
 
+/// Makes a range of a leaf read as zeroes, where the host can without writing: `ENOTSUP` says that it cannot.
+pub(super) async fn zero_leaf(
+    core: &Core,
+    view: &NodeView,
+    range: Range<u64>,
+    may_unmap: bool,
+) -> Result<(), Errno> {
+    let flags = Flags { may_unmap: may_unmap && view.flags.discard, ..Flags::NONE };
+    let (offset, len) = (range.start, range.end - range.start);
+    submit(core, view, Request { op: Op::WriteZeroes, offset, len, flags, buf: None }).await
+}
+
 /// Zeroes or discards on a leaf, whose blocks may be read and written back around it: the change waits for those
 /// that overlap, and its pin makes later ones wait for it (see [`super::serial`]).
 async fn submit(core: &Core, view: &NodeView, req: Request) -> Result<(), Errno> {

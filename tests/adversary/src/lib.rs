@@ -3,4 +3,11 @@
 
 pub mod args;
 pub mod faults;
+pub mod kill9;
 pub mod linear;
+
+/// What a panic said.
+fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_else(|| "?".into())
+}

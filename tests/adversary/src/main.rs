@@ -7,7 +7,11 @@ use std::process::ExitCode;
 type Command = fn(&[String]) -> bool;
 
 const COMMANDS: &[(&str, Command)] =
-    &[("faults", ringblock_adversary::faults::run), ("linear", ringblock_adversary::linear::run)];
+    &[
+    ("faults", ringblock_adversary::faults::run),
+    ("kill9", ringblock_adversary::kill9::run),
+    ("linear", ringblock_adversary::linear::run),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

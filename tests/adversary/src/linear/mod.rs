@@ -136,9 +136,3 @@ fn note(name: &str, seed: u64, result: Result<(Looked, u64), String>, sum: &Mute
         }
     }
 }
-
-/// What a panic said.
-fn text(panic: &(dyn std::any::Any + Send)) -> String {
-    let text = panic.downcast_ref::<String>().cloned();
-    text.or_else(|| panic.downcast_ref::<&str>().map(|s| (*s).to_owned())).unwrap_or_else(|| "?".into())
-}

@@ -126,7 +126,7 @@ fn clients(
             .collect();
         let (mut ops, mut cuts) = (Vec::new(), 0);
         for t in threads {
-            let done = t.join().map_err(|p| format!("panic: {}", super::text(&*p)))??;
+            let done = t.join().map_err(|p| format!("panic: {}", crate::panic_text(&*p)))??;
             ops.extend(done.0);
             cuts += done.1;
         }

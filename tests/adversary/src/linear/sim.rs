@@ -26,7 +26,7 @@ pub struct Shown {
 /// Runs one session and checks it. Errors tell what was found.
 pub fn run(shape: Shape, seed: u64, requests: u64) -> Result<Shown, String> {
     catch_unwind(AssertUnwindSafe(|| session(shape, seed, requests)))
-        .unwrap_or_else(|panic| Err(format!("panic: {}", super::text(&*panic))))
+        .unwrap_or_else(|panic| Err(format!("panic: {}", crate::panic_text(&*panic))))
 }
 
 fn session(shape: Shape, seed: u64, requests: u64) -> Result<Shown, String> {
