@@ -147,7 +147,7 @@ impl Graph {
         before: &mut Vec<Before>,
     ) -> Result<Arc<dyn Driver>, Error> {
         let mut state = self.state.borrow_mut();
-        let writers = state.cumulated(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
+        let writers = state.perms().of(id).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
         let node = state.nodes.get_mut(&id).ok_or_else(|| missing(&item.name))?;
         // parents come first in the list: what they need is already what they will need
         if item.flags.read_only && !node.flags.read_only && writers && !item.common.auto_read_only {
