@@ -2,4 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod clients;
+pub mod images;
 pub mod linear;

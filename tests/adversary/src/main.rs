@@ -6,7 +6,11 @@ use std::process::ExitCode;
 /// One command: its arguments in, whether all was well out.
 type Command = fn(&[String]) -> bool;
 
-const COMMANDS: &[(&str, Command)] = &[("linear", ringblock_adversary::linear::run)];
+const COMMANDS: &[(&str, Command)] = &[
+    ("clients", ringblock_adversary::clients::run),
+    ("images", ringblock_adversary::images::run),
+    ("linear", ringblock_adversary::linear::run),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
