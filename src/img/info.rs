@@ -13,6 +13,7 @@ use crate::tool::getopt::{Parsed, opt};
 use crate::tool::image::{self, Access, Image, Source};
 use crate::tool::{Outcome, Tool, json, on_engine, out};
 use ringblock_drivers::format::qcow2::header::{self, Header};
+use ringblock_drivers::format::qcow2::open::is_plain_path;
 use ringblock_drivers::format::qcow2::snapshot_table::{self, Snapshot};
 use ringblock_drivers::open::How;
 use ringblock_drivers::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevRef};
@@ -109,7 +110,15 @@ async fn collect(tool: &Tool, first: Source, chain: bool, share: bool) -> Result
             image::lock_hint(e.context(format_args!("Could not open '{}'", source.name)), &source.name)
         })?;
         names.push(source.name);
-        if chain && let Some((_, format, full)) = &info.backing {
+        if chain && let Some((name, format, full)) = &info.backing {
+            if !is_plain_path(name) {
+                return Err(Error::new(
+                    Errno::EACCES,
+                    format!(
+                        "The image names the file '{name}': only plain paths are opened from inside an image"
+                    ),
+                ));
+            }
             next = Some(Source::file(full.clone(), format.as_deref()));
         }
         list.push(info);

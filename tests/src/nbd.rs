@@ -52,8 +52,8 @@ const REP_INFO: u32 = 3;
 
 /// A connection in the transmission phase.
 #[derive(Debug)]
-pub struct Nbd {
-    stream: UnixStream,
+pub struct Nbd<S = UnixStream> {
+    stream: S,
     /// The size of the export in bytes.
     pub size: u64,
     /// Its transmission flags.
@@ -64,9 +64,22 @@ pub struct Nbd {
 impl Nbd {
     /// Connects to the export `name` of the server at `path`.
     pub fn connect(path: &str, name: &str) -> io::Result<Self> {
-        let mut stream = UnixStream::connect(path)?;
+        let stream = UnixStream::connect(path)?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         stream.set_write_timeout(Some(Duration::from_secs(60)))?;
+        Self::over(stream, name)
+    }
+
+    /// Gives up on a send or a receive that takes longer than `limit` (60 s unless told).
+    pub fn patience(&self, limit: Duration) -> io::Result<()> {
+        self.stream.set_read_timeout(Some(limit))?;
+        self.stream.set_write_timeout(Some(limit))
+    }
+}
+
+impl<S: Read + Write> Nbd<S> {
+    /// Enters the export `name` over a connection on which nothing was said yet.
+    pub fn over(mut stream: S, name: &str) -> io::Result<Self> {
         if (u64_from(&mut stream)?, u64_from(&mut stream)?) != (MAGIC, OPT_MAGIC) {
             return Err(bad("greeting"));
         }
@@ -79,12 +92,6 @@ impl Nbd {
         stream.write_all(&go(name))?;
         let (size, flags) = negotiate(&mut stream)?;
         Ok(Self { stream, size, flags, cookie: 0 })
-    }
-
-    /// Gives up on a send or a receive that takes longer than `limit` (60 s unless told).
-    pub fn patience(&self, limit: Duration) -> io::Result<()> {
-        self.stream.set_read_timeout(Some(limit))?;
-        self.stream.set_write_timeout(Some(limit))
     }
 
     /// Sends a request and returns its cookie; `data` is the payload of a write.
@@ -172,7 +179,7 @@ fn go(name: &str) -> Vec<u8> {
 }
 
 /// Reads the answers to `OPT_GO`; returns the export's size and flags.
-fn negotiate(stream: &mut UnixStream) -> io::Result<(u64, u16)> {
+fn negotiate(stream: &mut impl Read) -> io::Result<(u64, u16)> {
     let mut export = None;
     loop {
         if u64_from(stream)? != REPLY_MAGIC || u32_from(stream)? != OPT_GO {
@@ -203,17 +210,17 @@ fn bad(what: &str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, format!("NBD: {what}"))
 }
 
-fn u16_from(stream: &mut UnixStream) -> io::Result<u16> {
+fn u16_from(stream: &mut impl Read) -> io::Result<u16> {
     let mut b = [0; 2];
     stream.read_exact(&mut b).map(|()| u16::from_be_bytes(b))
 }
 
-fn u32_from(stream: &mut UnixStream) -> io::Result<u32> {
+fn u32_from(stream: &mut impl Read) -> io::Result<u32> {
     let mut b = [0; 4];
     stream.read_exact(&mut b).map(|()| u32::from_be_bytes(b))
 }
 
-fn u64_from(stream: &mut UnixStream) -> io::Result<u64> {
+fn u64_from(stream: &mut impl Read) -> io::Result<u64> {
     let mut b = [0; 8];
     stream.read_exact(&mut b).map(|()| u64::from_be_bytes(b))
 }

@@ -33,6 +33,8 @@ fn backing_names_are_plain_paths() {
         let log = Daemon::on(&dir).blockdev(&node).try_start().expect_err("must not be opened");
         assert!(!log.is_empty());
         tools::img().line("info -f qcow2").arg(&image).ok();
+        let chain = tools::img().line("info --backing-chain -f qcow2").arg(&image).fails(1);
+        assert!(chain.stderr.contains("only plain paths"), "{}", chain.describe());
     }
     // A plain path is followed.
     let image = dir.file("plain.qcow2");

@@ -24,7 +24,7 @@ pub(crate) use view::{NodeView, RootView, View};
 
 use std::any::Any;
 use std::cell::{Cell, RefCell};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -365,10 +365,9 @@ impl State {
 
     /// A node that nobody holds.
     fn unheld(&self) -> Option<NodeId> {
-        let held = |id: NodeId, n: &Node| {
-            n.monitor || self.has_parents(id) || self.roots.values().any(|r| r.node == id)
-        };
-        self.nodes.iter().find(|(id, n)| !held(**id, n)).map(|(id, _)| *id)
+        let children = self.nodes.values().flat_map(|n| &n.edges).filter_map(|e| e.node);
+        let held: BTreeSet<NodeId> = children.chain(self.roots.values().map(|r| r.node)).collect();
+        self.nodes.iter().find(|(id, n)| !n.monitor && !held.contains(id)).map(|(id, _)| *id)
     }
 
     fn view(&self) -> View {

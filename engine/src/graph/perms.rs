@@ -7,11 +7,13 @@
 //! Invariant: no edge or root uses what another one on the same node does not share; drivers hold (locks, descriptors)
 //! exactly the cumulated permissions of their node, changed by prepare → commit, all drivers or none.
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 
 use super::{Edge, Graph, Node, NodeId, State};
 use crate::driver::{Role, perm::*};
 use crate::error::{Errno, Error};
+use crate::path::RootId;
 
 /// Permissions (used, shared) of a node, over all its users.
 type Cumulated = (u8, u8);
@@ -20,8 +22,27 @@ type Cumulated = (u8, u8);
 struct User {
     perm: u8,
     shared: u8,
-    who: String,
-    how: String,
+    who: Who,
+}
+
+/// Who that is: a root, or the edge of a node by its index.
+#[derive(Clone, Copy)]
+enum Who {
+    Root(RootId),
+    Edge(NodeId, usize),
+}
+
+/// The users of every node, and what they ask of it together. Made in one walk, as a chain of nodes may be long.
+pub(super) struct Perms {
+    users: BTreeMap<NodeId, Vec<User>>,
+    cumulated: BTreeMap<NodeId, Cumulated>,
+}
+
+impl Perms {
+    /// OR of what the users of a node use, AND of what they share.
+    pub(super) fn of(&self, id: NodeId) -> Cumulated {
+        self.cumulated.get(&id).copied().unwrap_or((0, ALL))
+    }
 }
 
 impl State {
@@ -57,45 +78,67 @@ impl State {
         }
     }
 
-    fn users(&self, id: NodeId) -> Vec<User> {
-        let mut users = Vec::new();
-        for r in self.roots.values().filter(|r| r.node == id) {
-            users.push(User { perm: r.perm, shared: r.shared, who: r.user.clone(), how: "root".to_owned() });
+    /// Looks at all nodes, parents before children.
+    pub(super) fn perms(&self) -> Perms {
+        let mut users: BTreeMap<NodeId, Vec<User>> = BTreeMap::new();
+        for (id, r) in &self.roots {
+            let user = User { perm: r.perm, shared: r.shared, who: Who::Root(*id) };
+            users.entry(r.node).or_default().push(user);
         }
-        for (pid, p) in &self.nodes {
-            for e in p.edges.iter().filter(|e| e.node == Some(id)) {
-                let (perm, shared) = self.edge(p, e, self.cumulated(*pid));
-                users.push(User { perm, shared, who: format!("node '{}'", p.name), how: e.name.to_owned() });
+        let mut parents: BTreeMap<NodeId, usize> = self.nodes.keys().map(|id| (*id, 0)).collect();
+        for child in self.nodes.values().flat_map(|n| &n.edges).filter_map(|e| e.node) {
+            *parents.entry(child).or_default() += 1;
+        }
+        let mut ready: Vec<NodeId> = parents.iter().filter(|(_, n)| **n == 0).map(|(id, _)| *id).collect();
+        let mut cumulated = BTreeMap::new();
+        while let Some(id) = ready.pop() {
+            let of: &[User] = users.get(&id).map_or(&[], Vec::as_slice);
+            let sum = of.iter().fold((0, ALL), |(p, s), u| (p | u.perm, s & u.shared));
+            cumulated.insert(id, sum);
+            let Some(node) = self.nodes.get(&id) else { continue };
+            for (ix, e) in node.edges.iter().enumerate() {
+                let Some(child) = e.node else { continue };
+                let (perm, shared) = self.edge(node, e, sum);
+                users.entry(child).or_default().push(User { perm, shared, who: Who::Edge(id, ix) });
+                if let Some(left) = parents.get_mut(&child) {
+                    *left -= 1;
+                    if *left == 0 {
+                        ready.push(child);
+                    }
+                }
             }
         }
-        users
+        Perms { users, cumulated }
     }
 
-    /// OR of what the users of a node use, AND of what they share.
-    pub(super) fn cumulated(&self, id: NodeId) -> (u8, u8) {
-        self.users(id).iter().fold((0, ALL), |(p, s), u| (p | u.perm, s & u.shared))
+    /// How a user is called in messages, and the name of its edge.
+    fn names_of(&self, who: Who) -> (String, &str) {
+        match who {
+            Who::Root(id) => (self.roots.get(&id).map(|r| r.user.clone()).unwrap_or_default(), "root"),
+            Who::Edge(id, ix) => match self.nodes.get(&id) {
+                Some(n) => (format!("node '{}'", n.name), n.edges.get(ix).map_or("", |e| e.name)),
+                None => (String::new(), ""),
+            },
+        }
     }
 
-    fn conflict(&self, id: NodeId, node: &Node) -> Result<(), Error> {
-        let users = self.users(id);
-        for a in &users {
+    fn conflict(&self, perms: &Perms, id: NodeId, node: &Node) -> Result<(), Error> {
+        let users: &[User] = perms.users.get(&id).map_or(&[], Vec::as_slice);
+        for a in users {
             for b in users.iter().filter(|b| !std::ptr::eq(*b, a)) {
                 let clash = a.perm & !b.shared;
                 if clash != 0 {
+                    let ((a, ah), (b, bh)) = (self.names_of(a.who), self.names_of(b.who));
                     let text = format!(
                         "Permission conflict on node '{n}': permissions '{p}' are both required by {a} (uses node '{n}' as '{ah}' child) and unshared by {b} (uses node '{n}' as '{bh}' child).",
                         n = node.name,
                         p = names(clash),
-                        a = a.who,
-                        ah = a.how,
-                        b = b.who,
-                        bh = b.how
                     );
                     return Err(Error::new(Errno::EPERM, text));
                 }
             }
         }
-        let (perm, _) = self.cumulated(id);
+        let (perm, _) = perms.of(id);
         if node.flags.read_only && perm & (WRITE | WRITE_UNCHANGED) != 0 {
             return Err(Error::new(Errno::EPERM, "Block node is read-only"));
         }
@@ -123,9 +166,10 @@ impl Graph {
         let wanted: Vec<(NodeId, Cumulated, Cumulated)> = {
             let state = self.state.borrow();
             let mut wanted = Vec::new();
+            let perms = state.perms();
             for (id, n) in &state.nodes {
-                state.conflict(*id, n)?;
-                let (perm, mut shared) = state.cumulated(*id);
+                state.conflict(&perms, *id, n)?;
+                let (perm, mut shared) = perms.of(*id);
                 if n.common.force_share {
                     shared = ALL;
                 }

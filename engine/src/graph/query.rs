@@ -74,6 +74,7 @@ impl Graph {
     /// A copy of what there is.
     pub fn info(self: &Rc<Graph>) -> GraphInfo {
         let state = self.state.borrow();
+        let perms = state.perms();
         let name = |id: NodeId| state.nodes.get(&id).map_or_else(String::new, |n| n.name.clone());
         let nodes = state.nodes.iter().map(|(id, n)| NodeInfo {
             id: *id,
@@ -85,10 +86,10 @@ impl Graph {
             limits: state.limits(*id, 0),
             home: n.home,
             monitor: n.monitor,
-            perms: state.cumulated(*id),
+            perms: perms.of(*id),
             edges: (n.edges.iter())
                 .filter_map(|e| {
-                    let perms = state.edge(n, e, state.cumulated(*id));
+                    let perms = state.edge(n, e, perms.of(*id));
                     e.node.map(|node| EdgeInfo { name: e.name, node, child: name(node), perms })
                 })
                 .collect(),

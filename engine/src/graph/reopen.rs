@@ -172,9 +172,9 @@ impl Graph {
 
     /// A node that becomes read-only has no users that write.
     fn check_writers(&self, items: &[Reopen], before: &[Before]) -> Result<(), Error> {
-        let state = self.state.borrow();
+        let perms = self.state.borrow().perms();
         for (item, b) in items.iter().zip(before) {
-            let writers = state.cumulated(b.node).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
+            let writers = perms.of(b.node).0 & (perm::WRITE | perm::WRITE_UNCHANGED) != 0;
             if item.flags.read_only && !b.flags.read_only && writers {
                 let text = format!("Read-only block node '{}' cannot support read-write users", item.name);
                 return Err(Error::new(Errno::EPERM, text));

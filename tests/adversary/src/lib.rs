@@ -2,7 +2,9 @@
 #![forbid(unsafe_code)]
 
 pub mod args;
+pub mod clients;
 pub mod faults;
+pub mod images;
 pub mod kill9;
 pub mod linear;
 

@@ -6,9 +6,10 @@ use std::process::ExitCode;
 /// One command: its arguments in, whether all was well out.
 type Command = fn(&[String]) -> bool;
 
-const COMMANDS: &[(&str, Command)] =
-    &[
+const COMMANDS: &[(&str, Command)] = &[
+    ("clients", ringblock_adversary::clients::run),
     ("faults", ringblock_adversary::faults::run),
+    ("images", ringblock_adversary::images::run),
     ("kill9", ringblock_adversary::kill9::run),
     ("linear", ringblock_adversary::linear::run),
 ];

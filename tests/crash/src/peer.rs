@@ -238,7 +238,8 @@ pub fn lazy_run(seed: u64) -> (Subject, Recording) {
     let events = replay(&folder.read("log"));
     let subject = Subject::alone("peer-lazy", image.clone());
     let roles = Roles { image: "/img".into(), data: None, backing: None, sectors: 0 };
-    let recording = Recording { unit: 512, roles, files: vec![("/img".into(), image)], events, trace: seed };
+    let recording =
+        Recording { unit: 512, roles, files: vec![("/img".into(), image)], events, start: 0, trace: seed };
     (subject, recording)
 }
 

@@ -13,7 +13,7 @@
 //! refcount table, blocks, bitmaps┘        │ too low: corruption      │ too high: leak
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use ringblock_engine::mem::Buf;
 use ringblock_engine::units::HostOffset;
@@ -23,12 +23,13 @@ use super::entry::{
     Allocation, BadEntry, COPIED, EntryFormat, L1_RESERVED, L2_RESERVED, L2Entry, OFFSET_MASK,
     REFTABLE_RESERVED, RawEntry,
 };
-use super::geometry::{Geometry, HostCluster};
+use super::geometry::{Geometry, HostCluster, MAX_L1_BYTES};
 use super::header::Header;
 use super::io::Store;
 use super::open::{read_geometry, read_snapshots, read_table};
 use super::refcount;
-use super::{bitmaps, repair, snapshot_table};
+use super::snapshot_table::{self, Snapshot};
+use super::{bitmaps, repair};
 
 /// What a check may change.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -80,15 +81,21 @@ const UNREADABLE: u64 = u64::MAX;
 pub const MESSAGES_MAX: usize = 10_000;
 
 impl CheckReport {
-    pub(super) fn say(&mut self, text: String) {
+    /// Describes a finding, if there is room.
+    fn say(&mut self, text: impl FnOnce() -> String) {
         if self.messages.len() < MESSAGES_MAX {
-            self.messages.push(text);
+            self.messages.push(text());
         }
     }
 
-    pub(super) fn corrupt(&mut self, text: String) {
-        self.corruptions += 1;
-        self.say(format!("ERROR {text}"));
+    fn corrupt(&mut self, text: impl FnOnce() -> String) {
+        self.corrupt_times(1, text);
+    }
+
+    /// One finding that counts as often as what it is in is referenced.
+    fn corrupt_times(&mut self, times: u32, text: impl FnOnce() -> String) {
+        self.corruptions += u64::from(times);
+        self.say(|| format!("ERROR {}", text()));
     }
 
     /// Whether nothing is wrong any more.
@@ -134,11 +141,11 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     }
     if first.unknown {
         first.report.check_errors += 1;
-        first.report.say("ERROR a table could not be read: nothing is repaired".to_owned());
+        first.report.say(|| "ERROR a table could not be read: nothing is repaired".to_owned());
         return Ok(first.report);
     }
     if fix == Repair::Leaks && first.missing {
-        first.report.say("ERROR need to rebuild refcount structures".to_owned());
+        first.report.say(|| "ERROR need to rebuild refcount structures".to_owned());
         first.report.needs_rebuild = true;
         return Ok(first.report);
     }
@@ -149,6 +156,8 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
         first = Check::walk(file).await?;
     }
     let flags = repair::run(&mut first, fix, &mut messages).await?;
+    // its counters make room for the next ones
+    drop(first);
     let mut second = Check::walk(file).await?;
     second.compare_copied().await?;
     let mut again = second.report;
@@ -171,8 +180,7 @@ impl<'a> Check<'a> {
         let reftable_bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
         let reftable =
             read_table(file, header.reftable_offset, reftable_bytes, "Could not read refcount table").await?;
-        let clusters =
-            usize::try_from(g.clusters_for(file_size)).map_err(|_| Error::invalid("Image is too big"))?;
+        let clusters = countable(g.clusters_for(file_size), file.used()?)?;
         let mut check = Check {
             file,
             format: EntryFormat::of(&header, g),
@@ -200,30 +208,15 @@ impl<'a> Check<'a> {
     async fn count_all(&mut self) -> Result<(), Error> {
         let h = self.header.clone();
         self.count(0, self.g.cluster_size());
+        let mut tables = Tables::new();
         let l1 = std::mem::take(&mut self.l1);
-        self.count_l1(h.l1_offset, &l1, true).await?;
+        self.count_l1(h.l1_offset, &l1, Times { all: 1, active: 1 }, &mut tables);
         self.l1 = l1;
         let snapshots = read_snapshots(self.file, &h).await?;
-        for (i, s) in snapshots.iter().enumerate() {
-            if h.version >= 3 && s.extra.len() < snapshot_table::EXTRA_V3 {
-                self.report.corrupt(format!("snapshot table entry {i} is incomplete"));
-                self.report.incomplete_snapshots += 1;
-            }
-            if s.l1_offset.0 > i64::MAX as u64 {
-                return Err(Error::io(
-                    Errno::EIO,
-                    format!("snapshot table entry {i}: no file reaches its L1 table"),
-                ));
-            }
-            if let Err(e) = s.check_l1(&self.g) {
-                self.report.corrupt(format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));
-                self.unknown = true;
-                continue;
-            }
-            let table =
-                read_table(self.file, s.l1_offset, u64::from(s.l1_size) * 8, "Could not read snapshot L1")
-                    .await?;
-            self.count_l1(s.l1_offset, &table, false).await?;
+        self.count_snapshots(&snapshots, &mut tables).await?;
+        for (at, times) in tables {
+            let words = self.read_l2(HostOffset(at)).await?;
+            self.count_l2(&words, times);
         }
         let table_bytes: u64 = snapshots.iter().map(|s| s.stored_len() as u64).sum();
         self.count(h.snapshots_offset.0, table_bytes);
@@ -236,8 +229,49 @@ impl<'a> Check<'a> {
         Ok(())
     }
 
+    /// Counts the L1 tables of snapshots and gathers what they name. A table that several share is read once; tables that
+    /// do not lie over each other fit the file, so more than that is not read.
+    async fn count_snapshots(&mut self, snapshots: &[Snapshot], tables: &mut Tables) -> Result<(), Error> {
+        let mut l1s = BTreeMap::new();
+        for (i, s) in snapshots.iter().enumerate() {
+            if self.header.version >= 3 && s.extra.len() < snapshot_table::EXTRA_V3 {
+                self.report.corrupt(|| format!("snapshot table entry {i} is incomplete"));
+                self.report.incomplete_snapshots += 1;
+            }
+            if s.l1_offset.0 > i64::MAX as u64 {
+                let text = format!("snapshot table entry {i}: no file reaches its L1 table");
+                return Err(Error::io(Errno::EIO, text));
+            }
+            match s.check_l1(&self.g) {
+                Ok(()) => *l1s.entry((s.l1_offset.0, s.l1_size)).or_insert(0) += 1,
+                Err(e) => {
+                    self.report.corrupt(|| format!("snapshot {} ({}): {e}", text(&s.id), text(&s.name)));
+                    self.unknown = true;
+                }
+            }
+        }
+        let mut left = self.file_size.saturating_add(MAX_L1_BYTES);
+        for ((at, size), times) in l1s {
+            let Some(rest) = left.checked_sub(u64::from(size) * 8) else {
+                self.report.corrupt(|| "the L1 tables of snapshots overlap each other".to_owned());
+                self.unknown = true;
+                break;
+            };
+            left = rest;
+            let at = HostOffset(at);
+            let table = read_table(self.file, at, u64::from(size) * 8, "Could not read snapshot L1").await?;
+            self.count_l1(at, &table, Times { all: times, active: 0 }, tables);
+        }
+        Ok(())
+    }
+
     /// Adds one reference to each cluster of a byte range.
     fn count(&mut self, at: u64, len: u64) {
+        self.count_times(at, len, 1);
+    }
+
+    /// Adds some references to each cluster of a byte range.
+    fn count_times(&mut self, at: u64, len: u64, times: u32) {
         if len == 0 {
             return;
         }
@@ -247,50 +281,53 @@ impl<'a> Check<'a> {
             self.highest = self.highest.max(last);
         }
         if end.saturating_sub(self.file_size) >= self.g.cluster_size() {
-            self.report.corruptions += 1;
-            self.report.say(format!(
+            self.report.corruptions += u64::from(times);
+            self.report.say(|| format!(
                 "ERROR: counting reference for region exceeding the end of the file by one cluster or more: offset {at:#x} size {len:#x}"
             ));
             return;
         }
         for c in at >> self.g.cluster_bits..=(end - 1) >> self.g.cluster_bits {
             if let Some(n) = self.refs.0.get_mut(c as usize) {
-                *n = n.saturating_add(1);
+                *n = n.saturating_add(times);
             }
         }
     }
 
-    async fn count_l1(&mut self, at: HostOffset, table: &[u64], active: bool) -> Result<(), Error> {
-        self.count(at.0, table.len() as u64 * 8);
+    /// Counts an L1 table and the L2 tables it names, which are gathered to be read once each.
+    fn count_l1(&mut self, at: HostOffset, table: &[u64], times: Times, tables: &mut Tables) {
+        self.count_times(at.0, table.len() as u64 * 8, times.all);
         for (i, &entry) in table.iter().enumerate() {
             if entry == 0 {
                 continue;
             }
             if entry & L1_RESERVED != 0 {
-                self.report.corrupt(format!("found L1 entry with reserved bits set: {entry:x}"));
+                let text = || format!("found L1 entry with reserved bits set: {entry:x}");
+                self.report.corrupt_times(times.all, text);
             }
             let l2 = entry & OFFSET_MASK;
             if !l2.is_multiple_of(self.g.cluster_size()) {
-                self.report.corrupt(format!(
-                    "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
-                ));
+                self.report.corrupt_times(times.all, || {
+                    format!(
+                        "l2_offset={l2:x}: Table is not cluster aligned; L1 entry corrupted (L1 index: {i})"
+                    )
+                });
                 self.unknown = true;
             }
-            self.count(l2, self.g.cluster_size());
-            if l2 >= self.file_size {
-                continue;
+            self.count_times(l2, self.g.cluster_size(), times.all);
+            if l2 < self.file_size {
+                let sum = tables.entry(l2).or_default();
+                sum.all = sum.all.saturating_add(times.all);
+                sum.active = sum.active.saturating_add(times.active);
             }
-            let words = self.read_l2(HostOffset(l2)).await?;
-            self.count_l2(&words, active);
         }
-        Ok(())
     }
 
     pub(super) async fn read_l2(&self, at: HostOffset) -> Result<Vec<u64>, Error> {
         read_table(self.file, at, self.g.cluster_size(), "Could not read L2 table").await
     }
 
-    fn count_l2(&mut self, words: &[u64], active: bool) {
+    fn count_l2(&mut self, words: &[u64], times: Times) {
         let mut next = None;
         let step = if self.g.extended { 2 } else { 1 };
         for entry in words.chunks_exact(step) {
@@ -299,23 +336,25 @@ impl<'a> Check<'a> {
                 continue;
             }
             if raw.word & super::entry::COMPRESSED == 0 && raw.word & L2_RESERVED != 0 {
-                self.report.corrupt(format!("found l2 entry with reserved bits set: {:x}", raw.word));
+                self.report.corrupt_times(times.all, || {
+                    format!("found l2 entry with reserved bits set: {:x}", raw.word)
+                });
             }
             match self.format.decode(raw) {
-                Ok(e) => self.count_entry(e, active, &mut next),
+                Ok(e) => self.count_entry(e, times, &mut next),
                 Err(bad) => {
-                    self.bad_entry(raw, bad);
+                    self.bad_entry(raw, bad, times.all);
                     if let BadEntry::Unaligned(host) = bad {
                         // whatever it covers is not to be given away
                         let kept = Allocation { host, copied: false };
-                        self.count_entry(L2Entry::Data(kept), active, &mut next);
+                        self.count_entry(L2Entry::Data(kept), times, &mut next);
                     }
                 }
             }
         }
     }
 
-    fn bad_entry(&mut self, raw: RawEntry, bad: BadEntry) {
+    fn bad_entry(&mut self, raw: RawEntry, bad: BadEntry, times: u32) {
         let at = raw.word & OFFSET_MASK;
         let text = match bad {
             BadEntry::CompressedCopied => {
@@ -332,46 +371,42 @@ impl<'a> Check<'a> {
             }
             BadEntry::ZeroInV2 => format!("offset={at:x}: zero flag in a version 2 image"),
         };
-        self.report.corrupt(text);
+        self.report.corrupt_times(times, || text);
         // Whatever it holds is not to be given away.
         match bad {
             BadEntry::CompressedCopied => {
                 if let Ok(L2Entry::Compressed(p)) = self.format.decode((raw.word & !COPIED).into()) {
-                    self.count(p.at.0, p.len);
+                    self.count_times(p.at.0, p.len, times);
                 }
             }
             BadEntry::SubclusterBitmap | BadEntry::ZeroInV2 if !self.format.external_data && at != 0 => {
-                self.count(at, self.g.cluster_size());
+                self.count_times(at, self.g.cluster_size(), times);
             }
             _ => {}
         }
     }
 
-    fn count_entry(&mut self, e: L2Entry, active: bool, next: &mut Option<u64>) {
+    fn count_entry(&mut self, e: L2Entry, times: Times, next: &mut Option<u64>) {
         let host = match e {
             L2Entry::Data(a) | L2Entry::Zero { kept: Some(a) } | L2Entry::Sub { host: Some(a), .. } => {
                 a.host.0
             }
             L2Entry::Compressed(p) => {
-                if active {
-                    self.report.allocated_clusters += 1;
-                    self.report.compressed_clusters += 1;
-                    self.report.fragmented_clusters += 1;
-                }
-                self.count(p.at.0, p.len);
+                self.report.allocated_clusters += u64::from(times.active);
+                self.report.compressed_clusters += u64::from(times.active);
+                self.report.fragmented_clusters += u64::from(times.active);
+                self.count_times(p.at.0, p.len, times.all);
                 return;
             }
             _ => return,
         };
-        if active {
-            self.report.allocated_clusters += 1;
-            if next.is_some_and(|n| n != host) {
-                self.report.fragmented_clusters += 1;
-            }
-            *next = Some(host + self.g.cluster_size());
+        self.report.allocated_clusters += u64::from(times.active);
+        if next.is_some_and(|n| n != host) {
+            self.report.fragmented_clusters += u64::from(times.active);
         }
+        *next = Some(host + self.g.cluster_size());
         if !self.format.external_data {
-            self.count(host, self.g.cluster_size());
+            self.count_times(host, self.g.cluster_size(), times.all);
         }
     }
 
@@ -379,18 +414,27 @@ impl<'a> Check<'a> {
         let Some(ext) = self.header.extensions.bitmaps else { return Ok(()) };
         self.count(ext.directory_offset.0, ext.directory_size);
         let (_, list) = bitmaps::read(self.file, &ext, &self.header).await?;
+        let mut tables = BTreeMap::new();
         for b in list {
-            let bytes = u64::from(b.table_size) * 8;
-            self.count(b.table_offset, bytes);
-            if b.table_offset >= self.file_size || bytes > self.file_size {
+            *tables.entry((b.table_offset, u64::from(b.table_size) * 8)).or_insert(0) += 1;
+        }
+        // As with the L1 tables of snapshots: what lies over each other is not read.
+        let mut left = self.file_size;
+        for ((at, bytes), times) in tables {
+            self.count_times(at, bytes, times);
+            if at >= self.file_size || bytes > self.file_size {
                 continue;
             }
-            let table =
-                read_table(self.file, HostOffset(b.table_offset), bytes, "Could not read bitmap table")
-                    .await?;
+            let Some(rest) = left.checked_sub(bytes) else {
+                self.report.corrupt(|| "the tables of bitmaps overlap each other".to_owned());
+                self.unknown = true;
+                break;
+            };
+            left = rest;
+            let table = read_table(self.file, HostOffset(at), bytes, "Could not read bitmap table").await?;
             for entry in table {
                 if entry & OFFSET_MASK != 0 {
-                    self.count(entry & OFFSET_MASK, self.g.cluster_size());
+                    self.count_times(entry & OFFSET_MASK, self.g.cluster_size(), times);
                 }
             }
         }
@@ -406,18 +450,18 @@ impl<'a> Check<'a> {
                 continue;
             }
             if entry & REFTABLE_RESERVED != 0 {
-                self.report.corrupt(format!("refcount table entry {i} has reserved bits set"));
+                self.report.corrupt(|| format!("refcount table entry {i} has reserved bits set"));
                 self.reftable[i] = 0;
             } else if !at.is_multiple_of(self.g.cluster_size()) {
-                self.report.corrupt(format!(
-                    "refcount block {i} is not cluster aligned; refcount table entry corrupted"
-                ));
+                self.report.corrupt(|| {
+                    format!("refcount block {i} is not cluster aligned; refcount table entry corrupted")
+                });
                 self.reftable[i] = 0;
             } else if at >= self.file_size {
-                self.report.corrupt(format!("refcount block {i} is outside image"));
+                self.report.corrupt(|| format!("refcount block {i} is outside image"));
                 self.reftable[i] = 0;
             } else if seen.insert(at, i).is_some() {
-                self.report.corrupt(format!("refcount block {i} refcount=2"));
+                self.report.corrupt(|| format!("refcount block {i} refcount=2"));
                 self.reftable[i] = 0;
             } else {
                 self.count(at, self.g.cluster_size());
@@ -483,10 +527,10 @@ impl<'a> Check<'a> {
             }
             if have > want {
                 self.report.leaks += 1;
-                self.report.say(format!("Leaked cluster {c} refcount={have} reference={want}"));
+                self.report.say(|| format!("Leaked cluster {c} refcount={have} reference={want}"));
             } else if have < want {
                 self.missing |= have == 0;
-                self.report.corrupt(format!("cluster {c} refcount={have} reference={want}"));
+                self.report.corrupt(|| format!("cluster {c} refcount={have} reference={want}"));
             }
         }
         self.stored = stored;
@@ -498,15 +542,16 @@ impl<'a> Check<'a> {
         let per = self.g.refblock_entries() as usize;
         for c in i * per..((i + 1) * per).min(self.refs.0.len()) {
             self.report.check_errors += 1;
-            self.report.say(format!("Can't get refcount for cluster {c}: Input/output error"));
+            self.report.say(|| format!("Can't get refcount for cluster {c}: Input/output error"));
             stored.push(UNREADABLE);
         }
     }
 
     /// The COPIED flags of the active tables must say which refcounts are 1.
     async fn compare_copied(&mut self) -> Result<(), Error> {
-        let refcount = |at: u64| self.stored.get((at >> self.g.cluster_bits) as usize).copied().unwrap_or(0);
-        let mut wrong = Vec::new();
+        let (stored, bits) = (std::mem::take(&mut self.stored), self.g.cluster_bits);
+        let refcount = |at: u64| stored.get((at >> bits) as usize).copied().unwrap_or(0);
+        let mut seen = HashSet::new();
         for (i, &entry) in self.l1.iter().enumerate() {
             let l2 = entry & OFFSET_MASK;
             if l2 == 0 || !l2.is_multiple_of(self.g.cluster_size()) || l2 >= self.file_size {
@@ -514,24 +559,53 @@ impl<'a> Check<'a> {
             }
             let n = refcount(l2);
             if n != UNREADABLE && (n == 1) != (entry & COPIED != 0) {
-                wrong.push(format!("OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}"));
+                let text =
+                    || format!("OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}");
+                self.report.corrupt(text);
+            }
+            if !seen.insert(l2) {
+                continue;
             }
             let words = self.read_l2(HostOffset(l2)).await?;
             for word in words.iter().step_by(if self.g.extended { 2 } else { 1 }) {
-                if let Some(at) = copied_matters(*word) {
-                    let n = if self.format.external_data { 1 } else { refcount(at) };
-                    if n != UNREADABLE && (n == 1) != (word & COPIED != 0) {
-                        wrong.push(format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}"));
-                    }
-                }
-                if wrong.len() > MESSAGES_MAX {
-                    break;
+                let Some(at) = copied_matters(*word) else { continue };
+                let n = if self.format.external_data { 1 } else { refcount(at) };
+                if n != UNREADABLE && (n == 1) != (word & COPIED != 0) {
+                    let text = || format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}");
+                    self.report.corrupt(text);
                 }
             }
         }
-        wrong.into_iter().for_each(|text| self.report.corrupt(text));
+        self.stored = stored;
         Ok(())
     }
+}
+
+/// L2 tables by offset, and how often each is named.
+type Tables = BTreeMap<u64, Times>;
+
+/// How often a table is named: by all L1 tables, and by the active one.
+#[derive(Clone, Copy, Default)]
+struct Times {
+    all: u32,
+    active: u32,
+}
+
+/// Memory for counters that every image may have, whatever it holds.
+const COUNTERS_FREE: u64 = 128 << 20;
+/// Memory for the counters of one cluster, bytes.
+const COUNTER: u64 = 12;
+
+/// The number of clusters of a file, if their counters are no more than what the file really holds allows: a long file
+/// made of a hole is not worth any memory.
+fn countable(clusters: u64, used: u64) -> Result<usize, Error> {
+    let most = COUNTERS_FREE.max(used.saturating_mul(4));
+    let fits = clusters.checked_mul(COUNTER).is_some_and(|bytes| bytes <= most);
+    usize::try_from(clusters).ok().filter(|_| fits).ok_or_else(|| {
+        let text =
+            format!("The image file is too long for what it holds: {clusters} clusters cannot be counted");
+        Error::new(Errno::EFBIG, text)
+    })
 }
 
 /// The host cluster of an L2 entry whose COPIED flag has a meaning.
@@ -542,4 +616,19 @@ pub(super) fn copied_matters(word: u64) -> Option<u64> {
 
 fn text(raw: &[u8]) -> String {
     String::from_utf8_lossy(raw).into_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: counters are refused to a file that is a hole, and never to one that holds as much as they take. Method: the limits.
+    #[test]
+    fn counters_in_proportion() {
+        let free = COUNTERS_FREE / COUNTER;
+        assert_eq!(countable(free, 0), Ok(free as usize));
+        assert_eq!(countable(free + 1, 0).map_err(|e| e.errno), Err(Errno::EFBIG));
+        assert_eq!(countable(1 << 30, 3 << 30), Ok(1 << 30));
+        assert_eq!(countable(u64::MAX, u64::MAX).map_err(|e| e.errno), Err(Errno::EFBIG));
+    }
 }

@@ -15,6 +15,8 @@ use ringblock_engine::event::Event;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Child;
 
+use crate::protocol::file::FileDriver;
+
 use super::compress::pack;
 use super::header::CompressionType;
 
@@ -36,6 +38,10 @@ pub(super) trait Store {
     }
     /// Current length in bytes.
     fn size(&self) -> Result<u64, Errno>;
+    /// Bytes of storage that it really takes; its length where that is not known.
+    fn used(&self) -> Result<u64, Errno> {
+        self.size()
+    }
     /// Changes the length.
     fn truncate(&self, size: u64) -> LocalFuture<'_, Result<(), Errno>>;
 }
@@ -68,6 +74,12 @@ impl Store for Child {
 
     fn size(&self) -> Result<u64, Errno> {
         Child::size(self)
+    }
+
+    fn used(&self) -> Result<u64, Errno> {
+        let driver = self.driver()?;
+        let file = driver.as_any().downcast_ref::<FileDriver>();
+        file.and_then(FileDriver::allocated_size).map_or_else(|| Child::size(self), Ok)
     }
 
     fn truncate(&self, size: u64) -> LocalFuture<'_, Result<(), Errno>> {

@@ -14,6 +14,8 @@
 //!                                                   └ otherwise: new blocks + table behind everything ─► flush ─► header
 //! ```
 
+use std::collections::HashSet;
+
 use ringblock_engine::mem::Buf;
 use ringblock_engine::mutant;
 use ringblock_engine::units::HostOffset;
@@ -239,7 +241,7 @@ async fn flags(
     let g = check.g;
     let step = if g.extended { 2 } else { 1 };
     let mut l1 = check.l1.clone();
-    let mut sum = (0, 0);
+    let (mut sum, mut seen) = ((0, 0), HashSet::new());
     let mut count = |(clear, set): (u64, u64)| sum = (sum.0 + clear, sum.1 + set);
     for (i, entry) in l1.iter_mut().enumerate() {
         let l2 = *entry & OFFSET_MASK;
@@ -248,6 +250,9 @@ async fn flags(
         }
         let what = format!("L2 cluster: l1_index={i} l1_entry");
         count(flag(check, fix, pass, entry, l2, &what, said));
+        if !seen.insert(l2) {
+            continue;
+        }
         let mut words = check.read_l2(HostOffset(l2)).await?;
         let mut changed = (0, 0);
         for word in words.iter_mut().step_by(step) {

@@ -21,6 +21,7 @@ pub mod resize;
 pub mod signals;
 mod sys;
 pub mod time;
+pub mod watch;
 
 /// fallocate(2): the length of the file stays as it is.
 pub const FALLOC_KEEP_SIZE: i32 = libc::FALLOC_FL_KEEP_SIZE;

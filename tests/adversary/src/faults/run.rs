@@ -159,7 +159,7 @@ pub(super) fn run(
 /// Power cuts from an event on.
 fn cut(s: &Scenario, events: Vec<Event>, from: usize, trace: u64) -> Result<u64, Failure> {
     let files = s.files.iter().map(|(path, image)| (path.clone(), image.to_bytes())).collect();
-    let recording = Recording { unit: s.case.unit, roles: s.roles.clone(), files, events, trace };
+    let recording = Recording { unit: s.case.unit, roles: s.roles.clone(), files, events, start: 0, trace };
     let budget = Budget {
         bits: 3,
         random: 6,

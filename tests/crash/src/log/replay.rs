@@ -135,7 +135,7 @@ impl Log {
             guests.iter().for_each(|(at, event)| line.add(*at, 1, event.clone()));
         }
         let events = line.finish();
-        Recording { unit: 512, roles, files: vec![(PathBuf::from(IMAGE), base)], events, trace: 0 }
+        Recording { unit: 512, roles, files: vec![(PathBuf::from(IMAGE), base)], events, start: 0, trace: 0 }
     }
 }
 
