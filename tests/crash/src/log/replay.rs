@@ -128,7 +128,7 @@ impl Log {
         let mut length = base.len() as u64;
         for (i, item) in self.items.iter().enumerate() {
             let by_order = Times { began: 2 * i as u64, ended: 2 * i as u64 + 1 };
-            let times = if timed { item.times.unwrap_or(line.latest()) } else { by_order };
+            let times = if timed { item.times.unwrap_or_else(|| line.latest()) } else { by_order };
             line.item(i as u64 + 1, &item.what, times, &mut length);
         }
         if timed {
