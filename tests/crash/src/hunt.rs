@@ -36,6 +36,9 @@ impl std::fmt::Display for Failure {
     }
 }
 
+/// Failures of runs with larger files are not made smaller.
+const LARGE: usize = 1 << 20;
+
 /// Records a plan and enumerates it; what is found is made smaller.
 pub fn examine(plan: &Plan, budget: &Budget, judge: &mut dyn Judge) -> (Tally, Vec<Failure>) {
     let recording = match plan.record() {
@@ -52,8 +55,13 @@ pub fn examine(plan: &Plan, budget: &Budget, judge: &mut dyn Judge) -> (Tally, V
         }
     };
     let tally = enumerate(&recording, budget, judge);
+    // of large files every look takes long
+    let small = recording.files.iter().all(|(_, content)| content.len() <= LARGE);
     let shrunk = tally.failures.iter().map(|found| {
-        let (spot, bad) = spot::shrink(&recording, found.clone(), judge);
+        let (spot, bad) = match small {
+            true => spot::shrink(&recording, found.clone(), judge),
+            false => found.clone(),
+        };
         let landed = spot::describe(&recording, &spot);
         Failure { plan: plan.clone(), spot: Some(spot), bad, states: tally.distinct, landed }
     });
