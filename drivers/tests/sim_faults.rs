@@ -40,7 +40,7 @@ fn new_image(o: &CreateOptions) -> Image {
     let new = create::create(o).expect("valid options");
     let mut image = Image::default();
     image.set_len(new.file_size);
-    new.writes().into_iter().for_each(|(at, data)| image.write(at.0, &data));
+    new.writes().for_each(|(at, data)| image.write(at.0, &data));
     image
 }
 

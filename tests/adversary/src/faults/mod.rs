@@ -203,7 +203,8 @@ fn all_of(i: u64, args: &Args, only: Option<u64>, sum: &Mutex<Sum>, progress: &P
             Err(e) => sum.fail(&s.to_string(), Some(&case), args.seed, e),
         }
         if only.is_some() {
-            println!("{s}\n{case}\n{result:?}");
+            let trace = result.as_ref().map_or(0, |shown| shown.trace);
+            println!("{s}\n{case}\ntrace {trace:016x}\n{result:?}");
         }
         progress.tell(|| format!("faults: {} cases", sum.cases));
     }

@@ -106,7 +106,7 @@ mod tests {
         put(48, 512);
         put(56, 1 << 32);
         put(512, 2 * 512);
-        put(3 * 512 + 8, 1 << 63 | 5 * 512);
+        put(3 * 512 + 8, (1 << 63) | (5 * 512));
         let mut r = Regions::default();
         r.add(&image);
         use Region::{Data, Header, L1, L2, RefBlock, RefTable};
