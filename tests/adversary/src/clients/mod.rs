@@ -96,6 +96,9 @@ fn report(all: &[Seen], args: &Args) -> bool {
             seen.latencies.attack.len()
         );
         let mut found = seen.faults.clone();
+        if seen.latencies.quiet.is_empty() || seen.latencies.attack.is_empty() {
+            found.push("too short a run to compare anything".into());
+        }
         if ratio > RATIO {
             found.push(format!("p99 {attack} us under attack, {quiet} us before"));
         }
@@ -242,16 +245,17 @@ fn held(daemon: &Daemon) -> Held {
     Held { descriptors, memory: pages * 4096 }
 }
 
-/// Waits until the server has let go of those who left: as few descriptors as told, or no fewer than a while ago.
+/// Waits until the server has let go of those who left: as few descriptors as told, or (0) no fewer than a while ago. Who is in
+/// the option phase may stay there for 10 s.
 fn settle(daemon: &Daemon, descriptors: usize) {
     let (mut last, mut since) = (usize::MAX, Instant::now());
     let began = Instant::now();
-    while began.elapsed() < Duration::from_secs(15) {
+    while began.elapsed() < Duration::from_secs(30) {
         let now = held(daemon).descriptors;
         if now < last {
             (last, since) = (now, Instant::now());
         }
-        if now <= descriptors || since.elapsed() > Duration::from_secs(2) {
+        if now <= descriptors || (descriptors == 0 && since.elapsed() > Duration::from_secs(11)) {
             return;
         }
         std::thread::sleep(Duration::from_millis(50));

@@ -92,7 +92,7 @@ fn values(f: &forge::Field, image: &Forged) -> Vec<u64> {
     };
     let mask = if f.width == 8 { u64::MAX } else { (1 << (8 * f.width)) - 1 };
     let mut seen = vec![own];
-    let mut fresh = |v: u64| {
+    let fresh = |v: u64| {
         if seen.contains(&v) {
             None
         } else {
@@ -100,7 +100,7 @@ fn values(f: &forge::Field, image: &Forged) -> Vec<u64> {
             Some(v)
         }
     };
-    wide.into_iter().map(|v| v & mask).filter_map(|v| fresh(v)).collect()
+    wide.into_iter().map(|v| v & mask).filter_map(fresh).collect()
 }
 
 /// The case of an image of a base.

@@ -261,8 +261,6 @@ fn bombs(out: &mut Vec<Named>) {
             for (what, add_to) in [("long", 0x3fff_u64 << 40), ("end", 0), ("flag", COPIED)] {
                 add(out, format!("bomb/{kind}-{bits}-{what}"), move |name| {
                     let image = forge().build();
-                    let word = image.get(forge::L2 << bits, 8);
-                    let _ = word;
                     let at =
                         if what == "end" { (forge::CLUSTERS << bits) - 512 } else { forge::PACKED << bits };
                     let word =
