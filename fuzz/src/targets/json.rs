@@ -51,10 +51,24 @@ fn run(data: &[u8]) -> Outcome {
 fn same_again(value: &Value, out: &mut Outcome) {
     let text = json::write(value, false);
     assert!(text.is_ascii());
-    // as text: a number without a fraction comes back as an integer
-    assert_eq!(json::write(&json::parse(&text).expect("what we wrote, we read"), false), text);
+    // as text: a number without a fraction comes back as an integer, and then a zero has no sign
+    let again = json::write(&json::parse(&text).expect("what we wrote, we read"), false);
+    if has_minus_zero(value) {
+        assert_eq!(json::write(&json::parse(&again).expect("again"), false), again);
+    } else {
+        assert_eq!(again, text);
+    }
     let nesting = shape(value, out, 0);
     out.size("nesting", nesting);
+}
+
+fn has_minus_zero(value: &Value) -> bool {
+    match value {
+        Value::Number(n) => n.as_f64().is_some_and(|f| f == 0.0 && f.is_sign_negative()),
+        Value::Array(list) => list.iter().any(has_minus_zero),
+        Value::Object(map) => map.values().any(has_minus_zero),
+        _ => false,
+    }
 }
 
 /// How deep it nests; notes which kinds stand in which.

@@ -194,6 +194,11 @@ impl Play {
         };
         self.out.kind("resize", u64::from(to > self.sectors) << 4 | prealloc as u64);
         let done = Graph::current().resize("n", to as u64 * SECTOR, prealloc).await;
+        // version 2 has no zero clusters to hide what the backing file has there
+        let hidden = self.case.options.version == 3 || self.case.base <= self.sectors;
+        if done.as_ref().is_err_and(|e| e.errno == Errno::ENOTSUP && to > self.sectors && !hidden) {
+            return assert_eq!(self.root.size(), Ok(self.sectors as u64 * SECTOR));
+        }
         done.unwrap_or_else(|e| panic!("from {} to {to} sectors, {prealloc:?}: {e}", self.sectors));
         lock(&self.tape.oracle).set_len(to);
         self.sectors = to;
