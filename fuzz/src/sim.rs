@@ -27,6 +27,11 @@ const LARGEST: u64 = 4 << 20;
 /// Files by name.
 pub(crate) type Files = BTreeMap<PathBuf, Vec<u8>>;
 
+/// Whether no file has grown out of proportion.
+pub(crate) fn are_small(files: &Files) -> bool {
+    files.values().all(|bytes| (bytes.len() as u64) < LARGEST)
+}
+
 /// Runs a program in a world of these files, where nothing goes wrong; its value, and the files afterwards.
 pub(crate) fn run<T: 'static>(
     seed: u64,

@@ -64,7 +64,8 @@ impl Kind {
             backed: !data_file && flags & 128 != 0,
             lazy: v3 && flags & 256 != 0,
             dirty: v3 && flags & 1536 == 1536,
-            tables: 1 + c.below(3),
+            // guest offsets are offsets of the data file, which is to stay small
+            tables: if extended && data_file { 1 } else { 1 + c.below(3) },
             snapshots: if order >= 3 && !data_file && flags & 2048 != 0 { 1 + c.below(2) } else { 0 },
             bitmaps: v3 && !data_file && flags & 4096 != 0,
         }

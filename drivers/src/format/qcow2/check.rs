@@ -71,6 +71,8 @@ pub struct CheckReport {
     pub messages: Vec<String>,
 }
 
+/// What one pass of a repair puts right may show more: a cluster shared with the old refcount table is shared no longer.
+const PASSES: usize = 4;
 /// Findings beyond this number are counted but not described.
 pub const MESSAGES_MAX: usize = 10_000;
 
@@ -141,9 +143,23 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     if fix == Repair::All && repair::lengthen(&first, &mut messages).await? {
         first = Check::walk(file).await?;
     }
-    let flags = repair::run(&mut first, fix, &mut messages).await?;
+    let mut flags = repair::run(&mut first, fix, &mut messages).await?;
     let mut second = Check::walk(file).await?;
     second.compare_copied().await?;
+    for _ in 1..PASSES {
+        if fix != Repair::All || second.report.is_clean() || second.missing || second.unknown {
+            break;
+        }
+        let left = second.report.leaks + second.report.corruptions;
+        let mut said = Vec::new();
+        flags += repair::run(&mut second, fix, &mut said).await?;
+        second = Check::walk(file).await?;
+        second.compare_copied().await?;
+        messages.append(&mut said);
+        if second.report.leaks + second.report.corruptions >= left {
+            break;
+        }
+    }
     let mut again = second.report;
     let sound = again.corruptions == 0 && again.check_errors == 0;
     repair::finish(file, second.header, before, fix, sound).await?;
@@ -481,13 +497,11 @@ impl<'a> Check<'a> {
             if (n == 1) != (entry & COPIED != 0) {
                 wrong.push(format!("OFLAG_COPIED L2 cluster: l1_index={i} l1_entry={entry:x} refcount={n}"));
             }
-            if self.format.external_data {
-                continue;
-            }
             let words = self.read_l2(HostOffset(l2)).await?;
             for word in words.iter().step_by(if self.g.extended { 2 } else { 1 }) {
                 if let Some(at) = copied_matters(*word) {
-                    let n = refcount(at);
+                    // nobody shares an external data file's clusters, and nothing counts them
+                    let n = if self.format.external_data { 1 } else { refcount(at) };
                     if (n == 1) != (word & COPIED != 0) {
                         wrong.push(format!("OFLAG_COPIED data cluster: l2_entry={word:x} refcount={n}"));
                     }
