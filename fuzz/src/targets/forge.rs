@@ -182,7 +182,7 @@ impl Forge {
         for _ in 0..entries {
             let slot = c.below(self.kind.per_table().min(40));
             let at = table + slot * self.kind.entry();
-            if self.get(at) == 0 && !self.fields.contains(&(at as usize, 8)) {
+            if !self.entries.contains(&(table, at)) {
                 let guest = (index * self.kind.per_table() + slot) << self.kind.bits;
                 self.entry(at, guest, c);
                 self.entries.push((table, at));

@@ -87,12 +87,14 @@ fn of_image(files: &sim::Files) -> Files<'_> {
     Files { image: at("/img").unwrap_or_default(), data: at("/data"), backing: at("/base") }
 }
 
-/// What only one of both looks at: entries of the snapshot table and of bitmaps in detail, and zero clusters in version 2.
+/// What only one of both looks at: entries of the snapshot table and of bitmaps in detail, bitmaps of compressed clusters, and
+/// zero clusters in version 2.
 fn alone(report: &CheckReport, judged: &ringblock_checker::Report) -> bool {
     let details = |k| {
         matches!(
             k,
-            Kind::SnapshotTable
+            Kind::CompressedBitmap
+                | Kind::SnapshotTable
                 | Kind::SnapshotL1
                 | Kind::BitmapDirectory
                 | Kind::BitmapTable
