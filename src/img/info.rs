@@ -85,6 +85,16 @@ fn run(tool: &Tool, parsed: Parsed) -> Outcome {
     })
 }
 
+/// What `info` tells of an image and of what it is based on, for people and then as JSON. For tasks of core 0.
+///
+/// # Errors
+/// Why it cannot be told.
+pub async fn describe(tool: &Tool, source: Source, chain: bool) -> Result<String, Error> {
+    let list = collect(tool, source, chain, false).await?;
+    let texts = list.iter().map(|i| human_text(i) + &json::pretty(&json_value(i)));
+    Ok(texts.collect())
+}
+
 fn print(list: &[Info], chain: bool, output: Output) {
     match output {
         Output::Human => {

@@ -18,6 +18,7 @@ mod new;
 mod progress;
 mod resize;
 
+pub use info::describe;
 pub use new::temporary_overlay;
 
 use crate::tool::getopt::{self, Opt, Parsed, opt};

@@ -17,6 +17,7 @@ use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::{Poll, Waker};
@@ -223,6 +224,11 @@ impl NbdServer {
         Ok(NameReservation { shared: self.shared.clone(), name, published: false })
     }
 
+    /// Serves a client that is connected already. For tasks of a core.
+    pub fn serve(&self, client: OwnedFd) {
+        take_on(&self.shared, &Core::current(), Socket::new(client));
+    }
+
     /// Clients connected now.
     pub fn connections(&self) -> usize {
         self.shared.conns().live.len()
@@ -394,17 +400,19 @@ async fn accept(shared: Arc<Shared>, listener: OwnedFd) {
         };
         // Harmless where it does not apply.
         let _ = set_nodelay(fd.as_fd());
-        let stream = Socket::new(fd);
-        let Some(place) = Place::take(&shared, &stream) else {
-            continue;
-        };
-        let turn = shared.turn.fetch_add(1, Ordering::Relaxed);
-        let target = shared.config.cores[turn % shared.config.cores.len()];
-        let here = core.clone();
-        core.spawn(async move {
-            here.call(target, move || Box::pin(client(place, stream))).await;
-        });
+        take_on(&shared, &core, Socket::new(fd));
     }
+}
+
+/// Serves a client on the core whose turn it is; it is cut at once if there is no room for it.
+fn take_on(shared: &Arc<Shared>, core: &Rc<Core>, stream: Socket) {
+    let Some(place) = Place::take(shared, &stream) else { return };
+    let turn = shared.turn.fetch_add(1, Ordering::Relaxed);
+    let target = shared.config.cores[turn % shared.config.cores.len()];
+    let here = core.clone();
+    core.spawn(async move {
+        here.call(target, move || Box::pin(client(place, stream))).await;
+    });
 }
 
 /// The whole life of one client: the option phase here, the rest on the core that its export is tied to, if any.

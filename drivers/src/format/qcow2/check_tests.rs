@@ -304,6 +304,46 @@ fn what_cannot_be_repaired_stays() {
     assert!(report.is_ok_and(|r| r.check_errors > 0) && fixed == unaligned);
 }
 
+/// Goal: the clusters of an external data file are nobody else's, and their flags have to say so. Method: flags cleared;
+/// qemu-img finds as many errors as we do, and none after a repair.
+#[test]
+fn flags_of_an_external_data_file() {
+    let dir = Scratch::new();
+    let mut bytes = sample(&dir, "cluster_size=64k,data_file=d.raw");
+    let word = |b: &[u8], at: usize| u64::from_be_bytes(b[at..at + 8].try_into().unwrap());
+    let l1 = word(&bytes, 40) as usize;
+    let l2 = (word(&bytes, l1) & super::entry::OFFSET_MASK) as usize;
+    for i in 1..3 {
+        bytes[l2 + 8 * i] &= 0x7f;
+    }
+    let (report, _) = ours(bytes.clone(), Repair::None);
+    assert_eq!(report.unwrap().corruptions, 2);
+    let (rc, out) = peer(&dir, &bytes);
+    assert!(rc == 2 && out.contains("OFLAG_COPIED data cluster: l2_entry=10000 refcount=1"), "{rc} {out}");
+    let (report, fixed) = ours(bytes, Repair::All);
+    assert!(report.is_ok_and(|r| r.is_clean() && r.corruptions_fixed == 2));
+    assert_eq!(peer(&dir, &fixed).0, 0);
+}
+
+/// Goal: a repair is done when it is done. Method: a data cluster that an entry shares with the refcount block; the block is
+/// made anew elsewhere, so that the cluster has one user and its flag has to be set again.
+#[test]
+fn one_repair_is_enough() {
+    let dir = Scratch::new();
+    let mut bytes = sample(&dir, "cluster_size=4k");
+    let word = |b: &[u8], at: usize| u64::from_be_bytes(b[at..at + 8].try_into().unwrap());
+    qemu_img(&dir, &["snapshot", "-d", "s", "a.qcow2"]);
+    bytes = std::fs::read(dir.path("a.qcow2")).unwrap_or(bytes);
+    let block = word(&bytes, word(&bytes, 48) as usize);
+    let l2 = (word(&bytes, word(&bytes, 40) as usize) & super::entry::OFFSET_MASK) as usize;
+    bytes[l2..l2 + 8].copy_from_slice(&(block | super::entry::COPIED).to_be_bytes());
+    let (report, fixed) = ours(bytes, Repair::All);
+    assert!(report.as_ref().is_ok_and(CheckReport::is_clean), "{report:?}");
+    let (report, again) = ours(fixed.clone(), Repair::All);
+    assert!(report.is_ok_and(|r| r.is_clean() && r.corruptions_fixed + r.leaks_fixed == 0));
+    assert!(again == fixed, "nothing was left to do");
+}
+
 /// Goal: a repair that a power cut interrupts can be repeated, and never makes it worse. Method: damaged counters and flags;
 /// power cuts at every moment of the repair; each state is repaired again, and qemu-img finds the same data.
 #[test]

@@ -381,13 +381,15 @@ impl Image {
 
     /// Makes sure that the L2 table below an L1 entry exists and belongs to the active image alone.
     pub(super) async fn own_table(self: &Rc<Self>, i: L1Index) -> Result<(), Errno> {
-        if self.l1.get(i) & COPIED != 0 || self.l1.get(i) != 0 && mutant!("own-table") {
+        // In a damaged image the flag may stand there alone: it is a table that is ours, not the flag.
+        let ours = |entry: u64| entry & COPIED != 0 && entry & OFFSET_MASK != 0;
+        if ours(self.l1.get(i)) || self.l1.get(i) != 0 && mutant!("own-table") {
             return Ok(());
         }
         let _turn = self.tables_turn.lock().await;
         let g = self.geometry;
         let old = self.l1.get(i);
-        if old & COPIED != 0 {
+        if ours(old) {
             return Ok(());
         }
         if i.at() >= self.l1.len() {

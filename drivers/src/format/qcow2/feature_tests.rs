@@ -13,6 +13,24 @@ use super::engine_tests::{agree, attach, detach, json, make, on_graph, read_all,
 use super::header::CompressionType;
 use super::testkit::{Random, Scratch, qemu_img, qemu_io};
 
+/// Goal: an L1 entry that is only its flag names no table: nothing is written where none is. Method: such an entry, a
+/// write, and qemu-img looks at all of it.
+#[test]
+fn a_flag_alone_is_no_table() {
+    let (engine, dir) = (start(1), Scratch::new());
+    let image =
+        make(&dir, "a.qcow2", &CreateOptions { size: 256 << 10, cluster_size: 4096, ..Default::default() });
+    let header = super::header::Header::parse(&image.writes().next().unwrap().1).unwrap();
+    let file = std::fs::OpenOptions::new().write(true).open(dir.path("a.qcow2")).unwrap();
+    file.write_all_at(&super::entry::COPIED.to_be_bytes(), header.l1_offset.0).unwrap();
+    let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+    let mut model = vec![0; 256 << 10];
+    model[..9000].copy_from_slice(&data(9000, 1));
+    write(&engine, root, 0, &model[..9000], Flags::NONE).unwrap();
+    detach(&engine).unwrap();
+    agree(&dir, "after a write", &model);
+}
+
 /// Half noise, half pattern.
 fn data(len: u64, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);

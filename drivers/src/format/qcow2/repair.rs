@@ -281,7 +281,7 @@ fn flag(
     fix: Repair,
     pass: Pass,
     word: &mut u64,
-    at: u64,
+    at: Option<u64>,
     what: &str,
     said: &mut Vec<String>,
 ) -> (u64, u64) {

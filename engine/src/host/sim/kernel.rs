@@ -7,6 +7,8 @@
 //!
 //! Invariants: an operation's data is copied at submission and lands at completion, and its memory is touched only in
 //! between; every operation gets exactly one completion; all choices come from the world's generator.
+//!
+//! Sockets are real ones, connected to another end in the same thread: an operation that would block stays in flight.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -30,6 +32,8 @@ struct Flying {
     /// Its change in the disk's log, or the start of a flush.
     token: u64,
     harm: Option<Harm>,
+    /// How often its socket was not ready.
+    waits: u32,
 }
 
 /// One core's part.
@@ -108,12 +112,17 @@ impl Kernel {
             let disk = id.and_then(|id| self.disks.by_id(id));
             let token = disk.as_ref().map_or(0, |d| begin(&op, d));
             let harm = self.saboteur.as_ref().zip(id).and_then(|(s, id)| s.meet(&op, id));
-            let stall = if let Some(Harm::Stall(ns)) = harm { ns } else { 0 };
-            let due = self.now() + self.latency() + stall;
-            let tie = self.rng.next();
-            self.count += 1;
-            self.flying.insert((due, tie, self.count), (core, Flying { op, user_data, disk, token, harm }));
+            self.fly(core, Flying { op, user_data, disk, token, harm, waits: 0 });
         }
+    }
+
+    /// One that waits for a socket is tried again after longer and longer pauses, so that waiting for ever ends soon.
+    fn fly(&mut self, core: usize, flying: Flying) {
+        let stall = if let Some(Harm::Stall(ns)) = flying.harm { ns } else { 0 };
+        let due = self.now() + (self.latency() << flying.waits.min(12)) + stall;
+        let tie = self.rng.next();
+        self.count += 1;
+        self.flying.insert((due, tie, self.count), (core, flying));
     }
 
     fn latency(&mut self) -> u64 {
@@ -128,9 +137,14 @@ impl Kernel {
             if entry.key().0 > self.time.load(Ordering::Relaxed) {
                 return;
             }
-            let (core, flying) = entry.remove();
-            let res = self.carry_out(&flying);
-            self.finish(core, flying.user_data, res);
+            let (core, mut flying) = entry.remove();
+            match self.carry_out(&flying) {
+                res if is_of_socket(&flying.op) && res == -libc::EAGAIN => {
+                    flying.waits += 1;
+                    self.fly(core, flying);
+                }
+                res => self.finish(core, flying.user_data, res),
+            }
         }
     }
 
@@ -144,6 +158,9 @@ impl Kernel {
     }
 
     fn carry_out(&mut self, f: &Flying) -> i32 {
+        if is_of_socket(&f.op) {
+            return self.socket(&f.op);
+        }
         let Some(disk) = &f.disk else { return -libc::EBADF };
         let aligned = match f.op {
             // at the end of a file there is nothing to transfer, aligned or not
@@ -196,6 +213,25 @@ impl Kernel {
             _ => disk.forget(f.token),
         }
         -e.0
+    }
+
+    /// Sockets are the host's own, and the other end is in the same world; only how much goes at once is simulated.
+    fn socket(&mut self, op: &RawOp) -> i32 {
+        let done = match *op {
+            RawOp::Recv { fd, ptr, len } => {
+                let short = len > 1 && self.rng.chance(self.faults.short);
+                let len = if short { 1 + self.rng.below(u64::from(len)) as u32 } else { len };
+                // SAFETY: the slab entry that made this operation keeps `len` bytes at `ptr` alive until the terminal
+                // completion, which has not been reported yet.
+                unsafe { libc::recv(fd, ptr.cast(), len as usize, libc::MSG_DONTWAIT) }
+            }
+            // SAFETY: message, vectors and data live in the slab entry that made this operation, as above.
+            RawOp::SendMsg { fd, msg } => unsafe {
+                libc::sendmsg(fd, msg, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+            },
+            _ => return -libc::ENOSYS,
+        };
+        if done < 0 { -Errno::of(&std::io::Error::last_os_error()).0 } else { done as i32 }
     }
 
     fn read(&mut self, disk: &Disk, ptr: *mut u8, len: u32, off: u64) -> i32 {
@@ -274,6 +310,10 @@ fn cut_short(harm: Option<Harm>, disk: &Disk, len: u32) -> u32 {
         Some(Harm::Short) if len > unit => (len / 2).next_multiple_of(unit).min(len - unit),
         _ => len,
     }
+}
+
+fn is_of_socket(op: &RawOp) -> bool {
+    matches!(op, RawOp::Recv { .. } | RawOp::SendMsg { .. })
 }
 
 fn is_change(op: &RawOp) -> bool {
