@@ -23,7 +23,7 @@ mod zero;
 
 pub use child::Child;
 pub(crate) use child::truncate_node;
-pub use root::{Root, RootId};
+pub use root::{Root, RootId, Ticket};
 pub use stats::{OpClass, OpStats, Snapshot};
 pub use status::Above;
 
