@@ -1,6 +1,7 @@
 //! Drivers of the block graph: protocols, formats, filters, and the exports on top.
 #![forbid(unsafe_code)]
 pub mod export;
+pub mod filter;
 pub mod format;
 pub mod image;
 pub mod open;

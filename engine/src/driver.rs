@@ -436,6 +436,12 @@ pub trait Driver: Send + Sync {
         None
     }
 
+    /// The node has one child of [`Role::Filtered`], whose content is its own: block status, backing chains and debug
+    /// events are looked for below it.
+    fn is_filter(&self) -> bool {
+        false
+    }
+
     /// Answers a request: all of them for [`Kind::Full`]; `WriteZeroes`, `Discard` and `Flush` for [`Kind::Leaf`].
     /// Never called for [`Kind::Map`].
     fn submit(&self, req: Request) -> LocalFuture<'_, (Result<(), Errno>, Request)> {

@@ -67,6 +67,14 @@ struct Node {
     held: (u8, u8),
 }
 
+impl Node {
+    /// The child whose content it shows, if it is a filter.
+    fn filtered(&self) -> Option<NodeId> {
+        let edge = self.edges.iter().find(|e| e.role == Role::Filtered);
+        edge.filter(|_| self.driver.is_filter()).and_then(|e| e.node)
+    }
+}
+
 struct RootNode {
     node: NodeId,
     perm: u8,
@@ -389,6 +397,7 @@ impl State {
                 flags: n.flags,
                 limits: self.limits(*id, 0),
                 serial: n.serial.clone(),
+                filtered: n.filtered(),
             }));
         }
         let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);

@@ -66,6 +66,8 @@ pub(crate) struct NodeView {
     pub(crate) flags: NodeFlags,
     pub(crate) limits: Limits,
     pub(crate) serial: Arc<Serial>,
+    /// The child whose content a filter shows.
+    pub(crate) filtered: Option<NodeId>,
 }
 
 impl NodeView {

@@ -5,7 +5,8 @@ use std::ops::Range;
 use crate::core::Core;
 use crate::driver::{Access, Extents, Kind, LocalFuture, Lookup, Status, Target};
 use crate::error::Errno;
-use crate::graph::NodeId;
+use crate::graph::{NodeId, NodeView};
+use std::sync::Arc;
 
 /// Status of a range looked at through the layers above a base.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -128,7 +129,7 @@ pub(crate) async fn status_above(
         if status.allocated {
             return Ok(here);
         }
-        let Some((below, off)) = below(&view, &range) else {
+        let Some((below, off)) = below(&core, &view, &range) else {
             return Ok(here);
         };
         if Some(below) == base {
@@ -142,7 +143,12 @@ pub(crate) async fn status_above(
     }
 }
 
-fn below(view: &crate::graph::NodeView, range: &Range<u64>) -> Option<(NodeId, u64)> {
+/// What shows through where a node has nothing. A filter has what its child has, and nothing of its own.
+fn below(core: &Core, view: &Arc<NodeView>, range: &Range<u64>) -> Option<(NodeId, u64)> {
+    let mut view = view.clone();
+    while let Some(child) = view.filtered {
+        view = core.view.borrow().node(child).ok()?.clone();
+    }
     let Kind::Map(map) = view.driver.kind() else {
         return None;
     };
