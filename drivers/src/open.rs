@@ -9,11 +9,12 @@
 //!                                └ children: child(ref, &cx.common, role) ─► ChildSpec ─► OpenCx::open_child
 //! ```
 
+use crate::filter;
 use crate::format::raw::{self, RawConfig};
 use crate::open_qcow2;
 use crate::options::blockdev::{
     BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsFile, BlockdevOptionsNull,
-    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
+    BlockdevOptionsQcow2, BlockdevOptionsRaw, BlockdevOptionsThrottle, BlockdevRef, BlockdevRefOrNull,
 };
 use crate::options::types::{BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions};
 use crate::protocol::file::{FileConfig, FileDriver, locking};
@@ -122,6 +123,7 @@ pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> R
         BlockdevDriver::NullAio(o) => null(o, "null-aio"),
         BlockdevDriver::NullCo(o) => null(o, "null-co"),
         BlockdevDriver::Raw(o) => Ok(raw(o, common, how)?),
+        BlockdevDriver::Throttle(o) => throttle(o, common),
         BlockdevDriver::Qcow2(o) => crate::open_qcow2::open_fn(o, common),
     }
 }
@@ -165,6 +167,14 @@ fn raw(o: &BlockdevOptionsRaw, common: &Common, how: How) -> Result<OpenFn, Erro
     let file = child(&o.file, common, Role::Data)?;
     Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
         Box::pin(raw::open(cx, config, file))
+    }))
+}
+
+fn throttle(o: &BlockdevOptionsThrottle, common: &Common) -> Result<OpenFn, Error> {
+    filter::throttle::check(o)?;
+    let (options, file) = (o.clone(), child(&o.file, common, Role::Filtered)?);
+    Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
+        Box::pin(filter::throttle::open(cx, options, file))
     }))
 }
 

@@ -432,7 +432,7 @@ pub trait Driver: Send + Sync {
 
     /// The member by which a throttle node limits. Requests that enter the graph there are admitted at the root and go
     /// straight to the first child; those from nodes above come to [`Driver::submit`].
-    fn throttle(&self) -> Option<&Arc<Member>> {
+    fn throttle(&self) -> Option<Arc<Member>> {
         None
     }
 

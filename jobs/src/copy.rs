@@ -23,7 +23,6 @@ use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
 use ringblock_engine::sync::{Event, Semaphore};
 use ringblock_engine::throttle::Member;
-use ringblock_engine::timer::Sleep;
 
 use crate::zeroes::runs;
 

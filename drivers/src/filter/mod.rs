@@ -11,6 +11,8 @@
 //!
 //! Invariant: a filter holds no data back: what it has answered is in its child, and a flush goes down.
 
+pub mod throttle;
+
 use ringblock_engine::driver::{Op, Request};
 use ringblock_engine::error::Errno;
 use ringblock_engine::path::Child;

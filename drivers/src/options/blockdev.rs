@@ -4,6 +4,7 @@
 //! BlockdevOptions = node-name, cache, … + driver ─┬─ file, host_device   a file or device of the host
 //!                                                 ├─ null-co, null-aio   nothing at all
 //!                                                 ├─ raw                 file: BlockdevRef
+//!                                                 ├─ throttle            file: BlockdevRef
 //!                                                 └─ qcow2               file, backing, data-file: BlockdevRef
 //! BlockdevRef     = options in place | name of an existing node
 //! ```
@@ -48,6 +49,8 @@ crate::qapi! {
         Qcow2(Box<BlockdevOptionsQcow2>) = "qcow2",
         /// The bytes of another node, or a part of them.
         Raw(Box<BlockdevOptionsRaw>) = "raw",
+        /// Another node, with limits.
+        Throttle(Box<BlockdevOptionsThrottle>) = "throttle",
     }
 
     /// A file or device of the host.
@@ -78,6 +81,16 @@ crate::qapi! {
         offset: Option<Size> = "offset",
         /// How many there are (default: all that follow).
         size: Option<Size> = "size",
+    }
+
+    /// Another node, with limits.
+    struct BlockdevOptionsThrottle {
+        /// The throttle-group object whose limits apply.
+        throttle_group: String = "throttle-group",
+        /// The node.
+        file: BlockdevRef = "file",
+        /// Its share beside other members of the group that wait, from 1 to 10000 (default: 100).
+        weight: Option<u32> = "weight",
     }
 
     /// A qcow2 image.
@@ -131,6 +144,7 @@ impl BlockdevOptions {
     pub fn children(&self) -> Vec<(&'static str, &BlockdevRef)> {
         match &self.driver {
             BlockdevDriver::Raw(o) => vec![("file", &o.file)],
+            BlockdevDriver::Throttle(o) => vec![("file", &o.file)],
             BlockdevDriver::Qcow2(o) => {
                 let mut all = vec![("file", &o.file)];
                 all.extend(o.data_file.as_ref().map(|d| ("data-file", d)));

@@ -419,7 +419,7 @@ impl State {
             && let Some(member) = n.driver.throttle()
             && let Some(below) = n.edges.first().and_then(|e| e.node)
         {
-            limits.push(member.clone());
+            limits.push(member);
             above = above.and(n.flags);
             at = below;
         }
@@ -432,7 +432,7 @@ impl State {
             roots.iter().any(|r| self.roots.get(r).is_some_and(|r| self.reaches(r.node, id)))
         };
         let members = self.nodes.iter().filter_map(|(id, n)| Some((*id, n.driver.throttle()?)));
-        members.filter(|(id, _)| below(*id)).map(|(_, m)| m.clone()).collect()
+        members.filter(|(id, _)| below(*id)).map(|(_, m)| m).collect()
     }
 
     fn limits_of(&self, root: RootId) -> SmallVec<[Arc<Member>; 1]> {

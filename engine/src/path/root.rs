@@ -16,7 +16,7 @@ use super::stats::{OpClass, OpStats, Snapshot};
 use super::status::{Above, status_above, status_node};
 use super::write::{write_fast, write_node};
 use super::zero::{discard_node, flush_node, zeroes_node};
-use crate::core::Core;
+use crate::core::{Core, yield_now};
 use crate::driver::{Flags, Limits, LocalFuture, Status};
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeFlags, NodeId};
@@ -151,6 +151,8 @@ impl Root {
                 let limits = Core::current().view.borrow().root(self.id)?.limits.clone();
                 for member in &limits {
                     if member.admit(write, bytes, u64::from(self.id.0)).await == Outcome::Released {
+                        // the graph is about to change, or has changed
+                        yield_now().await;
                         continue 'anew;
                     }
                 }

@@ -41,6 +41,8 @@ struct Entry {
 struct Seat {
     /// Limits do not apply while it is not 0.
     exempt: u32,
+    /// Another member takes its place: nobody waits here any more.
+    retired: bool,
     waits: Histogram<u64>,
 }
 
@@ -132,7 +134,7 @@ impl Group {
 impl State {
     pub(super) fn join(&mut self, weight: u32) -> LaneId {
         let waits = Histogram::new(3).expect("a valid precision");
-        let id = self.seats.insert(Seat { exempt: 0, waits });
+        let id = self.seats.insert(Seat { exempt: 0, retired: false, waits });
         self.queues.iter_mut().for_each(|q| q.open(id, weight));
         id
     }
@@ -143,6 +145,13 @@ impl State {
         self.seats.try_remove(lane);
     }
 
+    pub(super) fn retire(&mut self, lane: LaneId) {
+        if let Some(seat) = self.seats.get_mut(lane) {
+            seat.retired = true;
+        }
+        self.let_go(lane, |_| true, Outcome::Released);
+    }
+
     pub(super) fn set_weight(&mut self, lane: LaneId, weight: u32) {
         self.queues.iter_mut().for_each(|q| q.set_weight(lane, weight));
     }
@@ -150,8 +159,10 @@ impl State {
     /// A request's first look.
     pub(super) fn arrive(&mut self, lane: LaneId, write: bool, bytes: u64, tag: u64, now: u64, waker: &Waker) -> Look {
         let side = usize::from(write);
-        if self.seats.get(lane).is_none_or(|s| s.exempt > 0) {
-            return Look::Done(Outcome::Allowed);
+        match self.seats.get(lane) {
+            Some(seat) if seat.exempt > 0 => return Look::Done(Outcome::Allowed),
+            Some(seat) if !seat.retired => {}
+            _ => return Look::Done(Outcome::Released),
         }
         if self.queues[side].is_empty() && self.buckets.wait(now, write) == 0 {
             self.buckets.charge(write, bytes);

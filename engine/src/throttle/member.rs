@@ -85,6 +85,11 @@ impl Member {
         self.group.with(|s| s.let_go(self.lane, |t| t == tag, Outcome::Released));
     }
 
+    /// Another member takes its place: whoever waits here, or comes here, looks anew.
+    pub fn retire(&self) {
+        self.group.with(|s| s.retire(self.lane));
+    }
+
     /// From now on limits do not apply to this member (`true`), or do again. Calls nest.
     pub fn exempt(&self, on: bool) {
         self.group.with(|s| s.exempt(self.lane, on));
