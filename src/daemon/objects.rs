@@ -194,7 +194,10 @@ impl Objects {
             ObjectType::ThrottleGroup(properties) => {
                 let group = Group::new(id.clone(), properties.config()?);
                 if !groups.add(&group) {
-                    return Err(Error::new(Errno::EEXIST, format!("There is a throttle group '{id}' already")));
+                    return Err(Error::new(
+                        Errno::EEXIST,
+                        format!("There is a throttle group '{id}' already"),
+                    ));
                 }
                 Object::Group(group)
             }

@@ -10,9 +10,7 @@
 use super::pass;
 use crate::options::blockdev::{BlockdevDriver, BlockdevOptions, BlockdevOptionsThrottle};
 use ringblock_engine::core::{Core, yield_now};
-use ringblock_engine::driver::{
-    Driver, Kind, LocalFuture, Op, Opened, Preallocation, Request, Role, Status,
-};
+use ringblock_engine::driver::{Driver, Kind, LocalFuture, Op, Opened, Preallocation, Request, Role, Status};
 use ringblock_engine::error::{Errno, Error};
 use ringblock_engine::graph::{ChildSpec, OpenCx, Prepared, Reopen};
 use ringblock_engine::path::Child;
@@ -91,7 +89,8 @@ impl Driver for ThrottleDriver {
             if req.op != Op::Flush {
                 loop {
                     let member = lock(&self.member).clone();
-                    if !member.is_limited(write) || member.admit(write, req.len, 0).await == Outcome::Allowed {
+                    if !member.is_limited(write) || member.admit(write, req.len, 0).await == Outcome::Allowed
+                    {
                         break;
                     }
                     yield_now().await;

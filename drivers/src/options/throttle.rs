@@ -104,9 +104,17 @@ type Triple = (&'static str, Kind, [Option<i64>; 3]);
 impl ThrottleLimits {
     fn triples(&self) -> [Triple; 6] {
         [
-            ("iops-total", Kind::OpsTotal, [self.iops_total, self.iops_total_max, self.iops_total_max_length]),
+            (
+                "iops-total",
+                Kind::OpsTotal,
+                [self.iops_total, self.iops_total_max, self.iops_total_max_length],
+            ),
             ("iops-read", Kind::OpsRead, [self.iops_read, self.iops_read_max, self.iops_read_max_length]),
-            ("iops-write", Kind::OpsWrite, [self.iops_write, self.iops_write_max, self.iops_write_max_length]),
+            (
+                "iops-write",
+                Kind::OpsWrite,
+                [self.iops_write, self.iops_write_max, self.iops_write_max_length],
+            ),
             ("bps-total", Kind::BpsTotal, [self.bps_total, self.bps_total_max, self.bps_total_max_length]),
             ("bps-read", Kind::BpsRead, [self.bps_read, self.bps_read_max, self.bps_read_max_length]),
             ("bps-write", Kind::BpsWrite, [self.bps_write, self.bps_write_max, self.bps_write_max_length]),
@@ -131,7 +139,8 @@ impl ThrottleLimits {
             }
         }
         if let Some(size) = self.iops_size {
-            config.iops_size = u64::try_from(size).map_err(|_| Error::invalid("iops-size cannot be negative"))?;
+            config.iops_size =
+                u64::try_from(size).map_err(|_| Error::invalid("iops-size cannot be negative"))?;
         }
         config.check().map_err(Error::invalid)?;
         Ok(config)
@@ -256,9 +265,13 @@ mod tests {
         let text = "limits.iops-total=100,x-iops-total-max=200,x-iops-total-max-length=3,limits.bps-read=5";
         let b: ThrottleGroupProperties = from_arg(text, None).unwrap();
         assert_eq!(a.config().unwrap(), b.config().unwrap());
-        let more = ThrottleLimits { iops_total_max: Some(0), iops_total_max_length: Some(1), ..Default::default() };
+        let more =
+            ThrottleLimits { iops_total_max: Some(0), iops_total_max_length: Some(1), ..Default::default() };
         let all = ThrottleLimits::of(&more.over(&a.config().unwrap()).unwrap()).write();
-        assert_eq!((&all["iops-total"], &all["iops-total-max"], &all["bps-read"]), (&100.into(), &0.into(), &5.into()));
+        assert_eq!(
+            (&all["iops-total"], &all["iops-total-max"], &all["bps-read"]),
+            (&100.into(), &0.into(), &5.into())
+        );
         assert_eq!((&all["bps-write-max-length"], &all["iops-size"]), (&1.into(), &0.into()));
     }
 

@@ -257,7 +257,7 @@ impl Graph {
         let result = self.collect().await;
         // waiters find the root gone, those behind limits too
         self.resume(drained).await;
-        limits.iter().for_each(|m| m.release(u64::from(root.id().0)));
+        limits.iter().for_each(|m| m.release(|tag| path::is_of(tag, root.id())));
         let core = Core::current();
         for index in 0..core.count() {
             let id = root.id();
@@ -428,9 +428,8 @@ impl State {
 
     /// The members of the throttle nodes that requests of these roots may pass.
     fn members_below(&self, roots: &[RootId]) -> Vec<Arc<Member>> {
-        let below = |id: NodeId| {
-            roots.iter().any(|r| self.roots.get(r).is_some_and(|r| self.reaches(r.node, id)))
-        };
+        let below =
+            |id: NodeId| roots.iter().any(|r| self.roots.get(r).is_some_and(|r| self.reaches(r.node, id)));
         let members = self.nodes.iter().filter_map(|(id, n)| Some((*id, n.driver.throttle()?)));
         members.filter(|(id, _)| below(*id)).map(|(_, m)| m).collect()
     }

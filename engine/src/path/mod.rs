@@ -11,6 +11,7 @@
 //! path (`resolve` covers everything) allocates nothing.
 
 mod child;
+mod party;
 mod read;
 mod resolve;
 mod root;
@@ -23,6 +24,8 @@ mod zero;
 
 pub use child::Child;
 pub(crate) use child::truncate_node;
+pub use party::Party;
+pub(crate) use party::is_of;
 pub use root::{Root, RootId, Ticket};
 pub use stats::{OpClass, OpStats, Snapshot};
 pub use status::Above;

@@ -11,6 +11,7 @@ use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
+use super::party::{Party, tag};
 use super::read::{read_fast, read_node};
 use super::stats::{OpClass, OpStats, Snapshot};
 use super::status::{Above, status_above, status_node};
@@ -135,23 +136,44 @@ impl Root {
     /// `ENOMEDIUM` if the root is gone.
     #[inline]
     pub async fn admit(&self, write: bool, bytes: u64) -> Result<Ticket, Errno> {
+        self.admit_for(None, write, bytes).await
+    }
+
+    #[inline]
+    pub(super) async fn admit_for(
+        &self,
+        party: Option<&Party>,
+        write: bool,
+        bytes: u64,
+    ) -> Result<Ticket, Errno> {
         let core = Core::current();
         let started = core.now();
         let limited = core.view.borrow().root(self.id)?.is_limited(write);
         if limited {
-            self.wait_for_limits(write, bytes).await?;
+            self.wait_for_limits(party, write, bytes).await?;
         }
         Ok(Ticket { started })
     }
 
     #[cold]
-    fn wait_for_limits(self, write: bool, bytes: u64) -> LocalFuture<'static, Result<(), Errno>> {
+    fn wait_for_limits<'a>(
+        &self,
+        party: Option<&'a Party>,
+        write: bool,
+        bytes: u64,
+    ) -> LocalFuture<'a, Result<(), Errno>> {
+        let root = *self;
         Box::pin(async move {
+            let tag = party.map_or(tag(root, 0), Party::tag);
             'anew: loop {
-                let limits = Core::current().view.borrow().root(self.id)?.limits.clone();
+                let limits = Core::current().view.borrow().root(root.id)?.limits.clone();
                 for member in &limits {
-                    if member.admit(write, bytes, u64::from(self.id.0)).await == Outcome::Released {
-                        // the graph is about to change, or has changed
+                    party.map_or(Ok(()), |p| p.waits_at(member))?;
+                    if member.admit(write, bytes, tag).await == Outcome::Released {
+                        // the party leaves, or the graph is about to change, or has changed
+                        if party.is_some_and(Party::has_left) {
+                            return Err(Errno::ESHUTDOWN);
+                        }
                         yield_now().await;
                         continue 'anew;
                     }
@@ -261,7 +283,18 @@ impl Root {
 
     /// Makes a range read as zeroes. Errors as for [`Root::write`]; `ENOTSUP` with `no_fallback` if it would be slow.
     pub async fn write_zeroes(&self, off: u64, len: u64, flags: Flags) -> Result<(), Errno> {
-        let entry = self.enter(self.admit(true, len).await?).await?;
+        self.write_zeroes_admitted(self.admit(true, len).await?, off, len, flags).await
+    }
+
+    /// [`Root::write_zeroes`] of a request that the limits have allowed.
+    pub async fn write_zeroes_admitted(
+        &self,
+        ticket: Ticket,
+        off: u64,
+        len: u64,
+        flags: Flags,
+    ) -> Result<(), Errno> {
+        let entry = self.enter(ticket).await?;
         let flags = Flags { may_unmap: flags.may_unmap && entry.above.discard, ..flags };
         let result = match entry.check_write(off, len) {
             Ok(()) if len > 0 => zeroes_node(entry.node, off, len, flags).await,
@@ -272,7 +305,12 @@ impl Root {
 
     /// Advice that a range is not needed.
     pub async fn discard(&self, off: u64, len: u64) -> Result<(), Errno> {
-        let entry = self.enter(self.admit(true, len).await?).await?;
+        self.discard_admitted(self.admit(true, len).await?, off, len).await
+    }
+
+    /// [`Root::discard`] of a request that the limits have allowed.
+    pub async fn discard_admitted(&self, ticket: Ticket, off: u64, len: u64) -> Result<(), Errno> {
+        let entry = self.enter(ticket).await?;
         let result = match entry.check_write(off, len) {
             Ok(()) if !entry.above.discard => Ok(()),
             Ok(()) => discard_node(entry.node, off, len).await,
@@ -284,7 +322,8 @@ impl Root {
     /// Makes durable whatever completed before. Never throttled.
     pub async fn flush(&self) -> Result<(), Errno> {
         let entry = self.enter(self.free()).await?;
-        let result = if entry.writable && !entry.above.no_flush { flush_node(entry.node).await } else { Ok(()) };
+        let result =
+            if entry.writable && !entry.above.no_flush { flush_node(entry.node).await } else { Ok(()) };
         entry.finish(OpClass::Flush, 0, result)
     }
 

@@ -238,7 +238,10 @@ mod tests {
         let max = rate(0.0, 5.0, 1.0);
         assert_eq!(with(&[(Kind::OpsTotal, max), (Kind::OpsRead, max)], 0), both);
         assert_eq!(with(&[(Kind::BpsTotal, avg(1.0)), (Kind::OpsRead, avg(1.0))], 512), Ok(()));
-        assert_eq!(with(&[(Kind::BpsTotal, avg(1.0))], 512), Err("iops size requires an iops value to be set"));
+        assert_eq!(
+            with(&[(Kind::BpsTotal, avg(1.0))], 512),
+            Err("iops size requires an iops value to be set")
+        );
         let one = |r| with(&[(Kind::BpsRead, r)], 0);
         let range = Err("bps/iops/max values must be within [0, 1000000000000000]");
         assert_eq!((one(avg(1e15)), one(avg(1e15 + 1.0)), one(rate(1.0, 2e15, 1.0))), (Ok(()), range, range));
@@ -246,10 +249,7 @@ mod tests {
         assert_eq!(one(rate(1.0, 0.0, 0.0)), Err("the burst length cannot be 0"));
         assert_eq!(one(rate(1.0, 0.0, 2.0)), Err("burst length set without burst rate"));
         assert_eq!(one(rate(1.0, 1e15, 2.0)), Err("burst length too high for this burst rate"));
-        assert_eq!(
-            one(rate(0.0, 5.0, 1.0)),
-            Err("bps_max/iops_max require corresponding bps/iops values")
-        );
+        assert_eq!(one(rate(0.0, 5.0, 1.0)), Err("bps_max/iops_max require corresponding bps/iops values"));
         assert_eq!(one(rate(5.0, 4.0, 1.0)), Err("bps_max/iops_max cannot be lower than bps/iops"));
         assert_eq!(one(rate(5.0, 5.0, 10.0)), Ok(()));
     }

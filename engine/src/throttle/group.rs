@@ -157,7 +157,15 @@ impl State {
     }
 
     /// A request's first look.
-    pub(super) fn arrive(&mut self, lane: LaneId, write: bool, bytes: u64, tag: u64, now: u64, waker: &Waker) -> Look {
+    pub(super) fn arrive(
+        &mut self,
+        lane: LaneId,
+        write: bool,
+        bytes: u64,
+        tag: u64,
+        now: u64,
+        waker: &Waker,
+    ) -> Look {
         let side = usize::from(write);
         match self.seats.get(lane) {
             Some(seat) if seat.exempt > 0 => return Look::Done(Outcome::Allowed),

@@ -80,9 +80,9 @@ impl Member {
         Admit { member: self.clone(), write, bytes, tag, key: None, timer: None }
     }
 
-    /// Lets all waiting requests of a user go.
-    pub fn release(&self, tag: u64) {
-        self.group.with(|s| s.let_go(self.lane, |t| t == tag, Outcome::Released));
+    /// Lets the waiting requests with these tags go.
+    pub fn release(&self, tags: impl Fn(u64) -> bool) {
+        self.group.with(|s| s.let_go(self.lane, tags, Outcome::Released));
     }
 
     /// Another member takes its place: whoever waits here, or comes here, looks anew.

@@ -14,6 +14,8 @@
 //! limits are set (what it costs is measured by `cargo bench -p ringblock-bench -- throttle`).
 
 mod bucket;
+#[cfg(all(test, not(loom)))]
+mod exact_tests;
 mod group;
 mod member;
 mod queue;
