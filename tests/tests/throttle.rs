@@ -90,6 +90,8 @@ fn objects_are_the_peers() {
     let weight = json!({"driver": "throttle", "node-name": "t", "throttle-group": "x", "file": "n", "weight": 0});
     let refused = a.refuse("blockdev-add", weight);
     assert_eq!(refused.desc, "Parameter 'weight' is 0, but must be within [1, 10000]");
+    // the peer takes one client at a time
+    drop((a, b));
     ours.quit();
     peers.quit();
 }
@@ -103,20 +105,22 @@ fn rates_through_nbd() {
     let mut qmp = daemon.qmp();
     for (what, jobs, bs) in [("iops", 1, 4096), ("iops", 4, 4096), ("bps", 1, 65_536), ("bps", 4, 65_536)] {
         match what {
-            "iops" => limits(&mut qmp, json!({"bps-total": 0, "iops-total": 2000})),
-            _ => limits(&mut qmp, json!({"iops-total": 0, "bps-total": 64 * MIB})),
+            "iops" => limits(&mut qmp, json!({"bps-total": 0, "iops-total": 400})),
+            _ => limits(&mut qmp, json!({"iops-total": 0, "bps-total": 16 * MIB})),
         }
         let fio = Cmd::new("fio --name=l --ioengine=nbd --rw=randrw --iodepth=16 --time_based --runtime=2 --output-format=json --group_reporting --size=60m")
             .arg(format!("--uri={}", daemon.uri("d")))
             .arg(format!("--bs={bs}"))
             .arg(format!("--numjobs={jobs}"))
-            .ok()
-            .json();
+            .arg(format!("--output={}", dir.file("fio.json")));
+        fio.ok();
+        let text = std::fs::read_to_string(dir.file("fio.json")).expect("fio's output");
+        let fio: Value = serde_json::from_str(&text).expect("JSON");
         let job = &fio["jobs"][0];
         let count = |side: &str| job[side]["total_ios"].as_f64().expect("a count");
         let time = ["read", "write"].iter().map(|s| job[s]["runtime"].as_f64().expect("ms")).fold(0.0, f64::max);
         let done = count("read") + count("write");
-        let rate = if what == "iops" { 2000.0 } else { 64.0 * MIB as f64 / f64::from(bs) };
+        let rate = if what == "iops" { 400.0 } else { 16.0 * MIB as f64 / f64::from(bs) };
         // a tenth of a second may be ahead
         let want = rate * (time / 1000.0 + 0.1);
         println!("{what}, {jobs} jobs: {done} of {want}");
@@ -126,7 +130,7 @@ fn rates_through_nbd() {
     }
     let stats = waiting(&mut qmp, "t");
     let bins: i64 = stats["waits"]["bins"].as_array().expect("bins").iter().map(|b| b.as_i64().expect("a count")).sum();
-    assert!(stats["group"] == "tg" && stats["weight"] == 100 && bins > 1000, "{stats}");
+    assert!(stats["group"] == "tg" && stats["weight"] == 100 && bins > 500, "{stats}");
     daemon.quit();
 }
 
@@ -182,7 +186,7 @@ fn a_pushing_client_is_not_read() {
 }
 
 /// Goal: what waits for a limit keeps nobody from stopping: neither the export, nor the server, nor the node. Method: writes
-/// and reads held back for hours; removal, resize and the end, timed.
+/// and reads held back for hours; a reopen, removal and the end, timed.
 #[test]
 fn nothing_waits_for_a_limit() {
     let dir = TestDir::new("throttle-stop");
@@ -201,7 +205,9 @@ fn nothing_waits_for_a_limit() {
     let reads = stats["rd-queue-length"].as_i64().expect("a length");
     assert!((55..=60).contains(&reads) && stats["wr-queue-length"].as_i64() >= Some(1), "{stats}");
     let start = Instant::now();
-    qmp.run("block_resize", json!({"node-name": "n", "size": 64 * MIB}));
+    // all roots are drained for it
+    let same = json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg", "file": "n", "weight": 7});
+    qmp.run("blockdev-reopen", json!({"options": [same]}));
     // one client leaves by itself: its requests leave the queue
     drop(clients.pop());
     std::thread::sleep(Duration::from_millis(100));
@@ -215,7 +221,7 @@ fn nothing_waits_for_a_limit() {
 }
 
 /// Goal: limits below a format hold too, and do not keep it from being drained. Method: a qcow2 image on a throttle node,
-/// written over NBD; rate, resize under load, and the image afterwards.
+/// written over NBD; rate, a drain of everything under load, and the image afterwards.
 #[test]
 fn below_a_format() {
     let dir = TestDir::new("throttle-below");
@@ -241,7 +247,8 @@ fn below_a_format() {
     client.submit(nbd::WRITE, 0, 10 * MIB, MIB as u32, &[8; MIB as usize]).expect("a request");
     std::thread::sleep(Duration::from_millis(200));
     let start = Instant::now();
-    qmp.run("block_resize", json!({"node-name": "q", "size": 65 * MIB}));
+    qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "other"}));
+    qmp.run("blockdev-reopen", json!({"options": [{"driver": "null-co", "node-name": "other", "read-only": true}]}));
     assert!(start.elapsed() < Duration::from_secs(2), "a drain waited {:?}", start.elapsed());
     daemon.quit();
     ringblock_tests::tools::qemu_img().line("check -q").arg(&image).ok();

@@ -82,6 +82,8 @@ struct RootNode {
     user: String,
     writable: bool,
     throttle: Option<Arc<Member>>,
+    /// Members below that let everything pass because this root is on its way out.
+    exempt: Vec<Arc<Member>>,
 }
 
 #[derive(Default)]
@@ -236,7 +238,8 @@ impl Graph {
             }
             let id = (0..).map(RootId).find(|id| !state.roots.contains_key(id)).ok_or(Errno::ENOMEM)?;
             let (perm, shared, user, throttle) = (spec.perm, spec.shared, spec.user, spec.throttle);
-            state.roots.insert(id, RootNode { node, perm, shared, user, writable, throttle });
+            let root = RootNode { node, perm, shared, user, writable, throttle, exempt: Vec::new() };
+            state.roots.insert(id, root);
             id
         };
         if let Err(e) = self.refresh_perms().await {
@@ -248,12 +251,22 @@ impl Graph {
         Ok(Root::new(id))
     }
 
+    /// Lets the requests of a root that is about to be detached pass the throttle nodes below formats and filters.
+    pub fn hurry(&self, root: Root) {
+        let exempt = self.state.borrow().members_below(&[root.id()]);
+        exempt.iter().for_each(|m| m.exempt(true));
+        if let Some(r) = self.state.borrow_mut().roots.get_mut(&root.id()) {
+            r.exempt.extend(exempt);
+        }
+    }
+
     /// Detaches a root after its requests are done; closes the node if nobody else holds it.
     pub async fn detach(self: &Rc<Graph>, root: Root) -> Result<(), Error> {
         self.change.acquire(1).await;
         let drained = self.drain(Arc::new([root.id()])).await;
         let limits = self.state.borrow().limits_of(root.id());
-        self.state.borrow_mut().roots.remove(&root.id());
+        let gone = self.state.borrow_mut().roots.remove(&root.id());
+        gone.iter().flat_map(|r| &r.exempt).for_each(|m| m.exempt(false));
         let result = self.collect().await;
         // waiters find the root gone, those behind limits too
         self.resume(drained).await;

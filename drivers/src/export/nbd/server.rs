@@ -206,8 +206,11 @@ impl NbdServer {
             }
             _ => e,
         })?;
-        let (release, released) = oneshot::<Gone>();
+        let ((release, released), (closing, closes)) = (oneshot::<Gone>(), oneshot::<()>());
         core.spawn(async move {
+            closes.await;
+            // its clients are cut: what they left behind must not wait for limits
+            graph.hurry(root);
             let gone = released.await;
             // The node is given back whatever its closing says: that is reported where it was written to.
             let _ = graph.detach(root).await;
@@ -217,7 +220,7 @@ impl NbdServer {
             }
         });
         let server = Arc::downgrade(&self.shared);
-        let export = NbdExport::new(name.name.clone(), options, root, server, release);
+        let export = NbdExport::new(name.name.clone(), options, root, server, closing, release);
         // The id first: who connects at once can be cut again.
         id.publish(export.clone());
         name.publish(export);
