@@ -26,7 +26,8 @@ fn limits(qmp: &mut Qmp, value: Value) {
 /// The statistics of the throttle node `name`.
 fn waiting(qmp: &mut Qmp, name: &str) -> Value {
     let all = qmp.run("query-blockstats", json!({"query-nodes": true}));
-    let node = all.as_array().expect("a list").iter().find(|n| n["node-name"] == name).expect("the node").clone();
+    let node =
+        all.as_array().expect("a list").iter().find(|n| n["node-name"] == name).expect("the node").clone();
     node["throttle"].clone()
 }
 
@@ -47,7 +48,10 @@ fn objects_are_the_peers() {
         ("object-add", all)
     };
     let script = [
-        group("tg0", json!({"limits": {"iops-total": 100, "iops-total-max": 300, "iops-total-max-length": 2}})),
+        group(
+            "tg0",
+            json!({"limits": {"iops-total": 100, "iops-total-max": 300, "iops-total-max-length": 2}}),
+        ),
         group("tg0", json!({})),
         group("tg1", json!({"x-bps-read": 1048576, "x-iops-write": 20, "x-iops-size": 4096})),
         group("tg2", json!({"limits": {"iops-total": 5, "iops-read": 3}})),
@@ -72,11 +76,23 @@ fn objects_are_the_peers() {
         get("limits"),
         ("qom-set", json!({"path": "tg9", "property": "limits", "value": {}})),
         ("blockdev-add", json!({"driver": "null-co", "node-name": "n", "size": 1048576})),
-        ("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg9", "file": "n"})),
-        ("blockdev-add", json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg0", "file": "n"})),
+        (
+            "blockdev-add",
+            json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg9", "file": "n"}),
+        ),
+        (
+            "blockdev-add",
+            json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg0", "file": "n"}),
+        ),
         ("object-del", json!({"id": "tg0"})),
-        ("blockdev-reopen", json!({"options": [{"driver": "throttle", "node-name": "t", "throttle-group": "tg9", "file": "n"}]})),
-        ("blockdev-reopen", json!({"options": [{"driver": "throttle", "node-name": "t", "throttle-group": "tg1", "file": "n"}]})),
+        (
+            "blockdev-reopen",
+            json!({"options": [{"driver": "throttle", "node-name": "t", "throttle-group": "tg9", "file": "n"}]}),
+        ),
+        (
+            "blockdev-reopen",
+            json!({"options": [{"driver": "throttle", "node-name": "t", "throttle-group": "tg1", "file": "n"}]}),
+        ),
         ("object-del", json!({"id": "tg1"})),
         ("object-del", json!({"id": "tg0"})),
         ("blockdev-del", json!({"node-name": "n"})),
@@ -87,7 +103,8 @@ fn objects_are_the_peers() {
         let answer = |q: &mut Qmp| q.execute(command, arguments.clone());
         assert_eq!(answer(&mut a), answer(&mut b), "{command} {arguments}");
     }
-    let weight = json!({"driver": "throttle", "node-name": "t", "throttle-group": "x", "file": "n", "weight": 0});
+    let weight =
+        json!({"driver": "throttle", "node-name": "t", "throttle-group": "x", "file": "n", "weight": 0});
     let refused = a.refuse("blockdev-add", weight);
     assert_eq!(refused.desc, "Parameter 'weight' is 0, but must be within [1, 10000]");
     // the peer takes one client at a time
@@ -118,7 +135,8 @@ fn rates_through_nbd() {
         let fio: Value = serde_json::from_str(&text).expect("JSON");
         let job = &fio["jobs"][0];
         let count = |side: &str| job[side]["total_ios"].as_f64().expect("a count");
-        let time = ["read", "write"].iter().map(|s| job[s]["runtime"].as_f64().expect("ms")).fold(0.0, f64::max);
+        let time =
+            ["read", "write"].iter().map(|s| job[s]["runtime"].as_f64().expect("ms")).fold(0.0, f64::max);
         let done = count("read") + count("write");
         let rate = if what == "iops" { 400.0 } else { 16.0 * MIB as f64 / f64::from(bs) };
         // a tenth of a second may be ahead
@@ -129,7 +147,8 @@ fn rates_through_nbd() {
         assert!(done >= want * 0.9, "{what}, {jobs} jobs: {done} of {want}");
     }
     let stats = waiting(&mut qmp, "t");
-    let bins: i64 = stats["waits"]["bins"].as_array().expect("bins").iter().map(|b| b.as_i64().expect("a count")).sum();
+    let bins: i64 =
+        stats["waits"]["bins"].as_array().expect("bins").iter().map(|b| b.as_i64().expect("a count")).sum();
     assert!(stats["group"] == "tg" && stats["weight"] == 100 && bins > 500, "{stats}");
     daemon.quit();
 }
@@ -206,7 +225,8 @@ fn nothing_waits_for_a_limit() {
     assert!((55..=60).contains(&reads) && stats["wr-queue-length"].as_i64() >= Some(1), "{stats}");
     let start = Instant::now();
     // all roots are drained for it
-    let same = json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg", "file": "n", "weight": 7});
+    let same =
+        json!({"driver": "throttle", "node-name": "t", "throttle-group": "tg", "file": "n", "weight": 7});
     qmp.run("blockdev-reopen", json!({"options": [same]}));
     // one client leaves by itself: its requests leave the queue
     drop(clients.pop());
@@ -248,7 +268,10 @@ fn below_a_format() {
     std::thread::sleep(Duration::from_millis(200));
     let start = Instant::now();
     qmp.run("blockdev-add", json!({"driver": "null-co", "node-name": "other"}));
-    qmp.run("blockdev-reopen", json!({"options": [{"driver": "null-co", "node-name": "other", "read-only": true}]}));
+    qmp.run(
+        "blockdev-reopen",
+        json!({"options": [{"driver": "null-co", "node-name": "other", "read-only": true}]}),
+    );
     assert!(start.elapsed() < Duration::from_secs(2), "a drain waited {:?}", start.elapsed());
     daemon.quit();
     ringblock_tests::tools::qemu_img().line("check -q").arg(&image).ok();
