@@ -5,11 +5,11 @@
 use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use ringblock_bench::node::{Below, leaf};
+use ringblock_bench::node::{Below, leaf, limited};
 use ringblock_engine::core::{Core, yield_now};
 use ringblock_engine::driver::LocalFuture;
 use ringblock_engine::mem::Buf;
-use ringblock_engine::throttle::{Config as Limits, Group};
+use ringblock_engine::throttle::{Config as Limits, DEFAULT_WEIGHT, Group, Kind, Member};
 use ringblock_engine::{Config, Engine};
 
 /// Times a body that runs on a core and does `n` steps.
@@ -77,15 +77,31 @@ fn engine(c: &mut Criterion) {
     });
 }
 
+/// What limits cost a request: none at all, a group without limits, one whose limits allow everything, and two of them.
 fn throttle(c: &mut Criterion) {
-    let group = Group::new(Limits::default());
-    let mut now = 0;
-    c.bench_function("throttle: admission without limits", |b| {
-        b.iter(|| {
-            now += 1000;
-            group.admit(now, false, 4096)
-        })
-    });
+    let engine = Engine::start(&Config { cores: 1, ..Config::default() }).expect("start");
+    let mut high = Limits::default();
+    high.rates[Kind::OpsTotal as usize].avg = 1e12;
+    high.rates[Kind::BpsTotal as usize].avg = 1e15;
+    let cases = [
+        ("no group", None),
+        ("a group without limits", Some(Limits::default())),
+        ("high limits", Some(high)),
+    ];
+    for (name, limits) in cases {
+        let member = limits.map(|l| Member::join(&Group::new(name, l), DEFAULT_WEIGHT));
+        let root = engine.run(0, || Box::pin(limited(Below::Null, member))).expect("open");
+        on_core(c, &engine, &format!("throttle: 4 KiB read of a null node, {name}"), move |n| {
+            Box::pin(async move {
+                let mut buf = Buf::zeroed(4096);
+                let start = Instant::now();
+                for i in 0..n {
+                    buf = root.read(i % 1024 * 4096, buf).await.1;
+                }
+                start.elapsed()
+            })
+        });
+    }
 }
 
 criterion_group! {

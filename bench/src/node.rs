@@ -9,6 +9,7 @@ use ringblock_engine::driver::{Driver, Kind, Leaf, Opened, perm};
 use ringblock_engine::graph::{Common, Graph, NodeSpec, RootSpec};
 use ringblock_engine::host::file::{Access, Expect, File, OpenOptions};
 use ringblock_engine::path::Root;
+use ringblock_engine::throttle::Member;
 
 struct Plain {
     leaf: Leaf,
@@ -46,6 +47,11 @@ pub enum Below {
 
 /// Opens a leaf node and attaches a root to it; runs on core 0.
 pub async fn leaf(below: Below) -> Result<Root, Error> {
+    limited(below, None).await
+}
+
+/// The same, with limits at the root.
+pub async fn limited(below: Below, throttle: Option<Arc<Member>>) -> Result<Root, Error> {
     let graph = Graph::current();
     let open: ringblock_engine::driver::OpenFn = Box::new(move |_cx| {
         Box::pin(async move {
@@ -65,5 +71,5 @@ pub async fn leaf(below: Below) -> Result<Root, Error> {
     let node = graph.add(spec).await?;
     let user = "a benchmark".to_owned();
     let perms = perm::CONSISTENT_READ | perm::WRITE;
-    graph.attach(RootSpec { node, perm: perms, shared: perm::ALL, user, throttle: None }).await
+    graph.attach(RootSpec { node, perm: perms, shared: perm::ALL, user, throttle }).await
 }

@@ -9,14 +9,14 @@
 //!                                └ children: child(ref, &cx.common, role) ─► ChildSpec ─► OpenCx::open_child
 //! ```
 
-use crate::filter::{blklogwrites, blkverify};
+use crate::filter::{blklogwrites, blkverify, throttle};
 use crate::format::qcow2::Qcow2;
 use crate::format::raw::{self, RawConfig};
 use crate::open_qcow2;
 use crate::options::blockdev::{
     BlockdevDriver, BlockdevOptions, BlockdevOptionsBase, BlockdevOptionsBlklogwrites,
     BlockdevOptionsBlkverify, BlockdevOptionsFile, BlockdevOptionsNull, BlockdevOptionsQcow2,
-    BlockdevOptionsRaw, BlockdevRef, BlockdevRefOrNull,
+    BlockdevOptionsRaw, BlockdevOptionsThrottle, BlockdevRef, BlockdevRefOrNull,
 };
 use crate::options::types::{BlockdevAioOptions, BlockdevDetectZeroesOptions, BlockdevDiscardOptions};
 use crate::protocol::file::{FileConfig, FileDriver, locking};
@@ -128,6 +128,7 @@ pub(crate) fn open_fn(options: &BlockdevOptions, common: &Common, how: How) -> R
         BlockdevDriver::NullAio(o) => null(o, "null-aio"),
         BlockdevDriver::NullCo(o) => null(o, "null-co"),
         BlockdevDriver::Raw(o) => Ok(raw(o, common, how)?),
+        BlockdevDriver::Throttle(o) => throttled(o, common),
         BlockdevDriver::Qcow2(o) => crate::open_qcow2::open_fn(o, common),
     }
 }
@@ -194,6 +195,14 @@ fn blkverify(o: &BlockdevOptionsBlkverify, common: &Common) -> Result<OpenFn, Er
     let (test, raw) = (child(&o.test, common, Role::Data)?, child(&o.raw, common, Role::Filtered)?);
     Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
         Box::pin(blkverify::open(cx, test, raw))
+    }))
+}
+
+fn throttled(o: &BlockdevOptionsThrottle, common: &Common) -> Result<OpenFn, Error> {
+    throttle::check(o)?;
+    let (options, file) = (o.clone(), child(&o.file, common, Role::Filtered)?);
+    Ok(Box::new(move |cx: OpenCx| -> LocalFuture<'static, Result<Opened, Error>> {
+        Box::pin(throttle::open(cx, options, file))
     }))
 }
 

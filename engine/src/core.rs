@@ -178,6 +178,11 @@ impl Core {
         rx.await.expect("the pool runs every job, and none of ours panics")
     }
 
+    /// The engine's groups of I/O limits, by name.
+    pub fn throttle_groups(&self) -> &crate::throttle::Groups {
+        &self.engine.groups
+    }
+
     /// Tells the program of something.
     pub fn emit(&self, event: crate::event::Event) {
         if let Some(listener) = &*self.engine.listener.lock().unwrap_or_else(|e| e.into_inner()) {

@@ -28,6 +28,7 @@ use crate::error::{Errno, Error};
 use crate::graph::{OpenCx, Prepared, Reopen};
 use crate::host::File;
 use crate::mem::Buf;
+use crate::throttle::Member;
 use smallvec::SmallVec;
 
 /// A future that stays on the core that made it.
@@ -442,6 +443,12 @@ pub trait Driver: Send + Sync {
 
     /// How data moves.
     fn kind(&self) -> Kind<'_>;
+
+    /// The member by which a throttle node limits. Requests that enter the graph there are admitted at the root and go
+    /// straight to the first child; those from nodes above come to [`Driver::submit`].
+    fn throttle(&self) -> Option<Arc<Member>> {
+        None
+    }
 
     /// The node has one child of [`Role::Filtered`], whose content is its own: block status, backing chains and debug
     /// events are looked for below it.

@@ -22,6 +22,7 @@ use crate::mem::{self, Arena};
 use crate::pool::Pool;
 use crate::ring::Uring;
 use crate::sync::{block_on, oneshot};
+use crate::throttle::Groups;
 
 /// What all cores share.
 pub(crate) struct EngineShared {
@@ -30,6 +31,7 @@ pub(crate) struct EngineShared {
     pub(crate) host: Host,
     pub(crate) slots: Mutex<Slots>,
     pub(crate) listener: Mutex<Option<Listener>>,
+    pub(crate) groups: Groups,
 }
 
 /// Free registered-file slots.
@@ -95,6 +97,7 @@ impl Engine {
             host: Host::Linux,
             slots: Mutex::default(),
             listener: Mutex::default(),
+            groups: Groups::default(),
         });
         let running = Arc::new(Running { shared: shared.clone(), threads: Mutex::default() });
         let engine = Engine { running };
@@ -145,6 +148,11 @@ impl Engine {
     /// Has `listener` told of events, on the core where they happen; it must not block. Replaces an earlier one.
     pub fn on_event(&self, listener: impl Fn(Event) + Send + 'static) {
         *self.running.shared.listener.lock().unwrap_or_else(|e| e.into_inner()) = Some(Box::new(listener));
+    }
+
+    /// The groups of I/O limits, by name.
+    pub fn throttle_groups(&self) -> &Groups {
+        &self.running.shared.groups
     }
 
     /// Number of cores.

@@ -22,8 +22,7 @@ use ringblock_engine::graph::NodeId;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::path::Root;
 use ringblock_engine::sync::{Event, Semaphore};
-use ringblock_engine::throttle::Group;
-use ringblock_engine::timer::Sleep;
+use ringblock_engine::throttle::Member;
 
 use crate::zeroes::runs;
 
@@ -63,7 +62,7 @@ pub struct Options {
     /// Writes are issued in order of their offset.
     pub ordered: bool,
     /// Bytes per second.
-    pub rate: Option<Arc<Group>>,
+    pub rate: Option<Arc<Member>>,
 }
 
 impl Default for Options {
@@ -279,10 +278,9 @@ impl BlockCopy {
     }
 
     async fn wait_for_rate(&self, bytes: u64) {
-        if let Some(group) = &self.options.rate {
-            while let Err(until) = group.admit(Core::current().now_exact(), true, bytes) {
-                Sleep::until(until).await;
-            }
+        if let Some(member) = &self.options.rate {
+            // nobody lets it go early
+            member.admit(true, bytes, 0).await;
         }
     }
 

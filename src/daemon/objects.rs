@@ -1,23 +1,26 @@
-//! Objects: object-add, object-del, and the paths under which they are seen (qom-list, qom-get).
+//! Objects: object-add, object-del, and the paths under which they are seen (qom-list, qom-get, qom-set).
 //!
 //! Invariants:
 //! * an object that something refers to is not deleted;
-//! * nothing of an object can be changed after it was made, so there is no qom-set.
+//! * nothing of an object can be changed after it was made but the limits of a throttle-group.
 //!
 //! ```text
 //! /                    container
 //! └─ objects           container
-//!    └─ io0            iothread ─► a core ◄─ exports with iothread=io0
+//!    ├─ io0            iothread ─► a core ◄─ exports with iothread=io0
+//!    └─ tg0            throttle-group ─► limits ◄─ throttle nodes with throttle-group=tg0
 //! ```
 
 use super::{Daemon, lock};
 use crate::qmp::dispatch::{Call, Registry};
 use crate::{Errno, Error};
 use ringblock_drivers::export::IoThread;
-use ringblock_drivers::options::Value;
 use ringblock_drivers::options::object::{ObjectOptions, ObjectType};
+use ringblock_drivers::options::throttle::{ThrottleGroupProperties, ThrottleLimits};
 use ringblock_drivers::options::types::{Empty, is_id};
+use ringblock_drivers::options::{Qapi, Value, from_json};
 use ringblock_engine::error::ErrorClass;
+use ringblock_engine::throttle::{Group, Groups};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -42,6 +45,16 @@ ringblock_drivers::qapi! {
         property: String = "property",
     }
 
+    /// Arguments of qom-set.
+    struct QomSetArgs {
+        /// The path of an object, or the end of one if no other ends so.
+        path: String = "path",
+        /// The property.
+        property: String = "property",
+        /// Its new value.
+        value: Value = "value",
+    }
+
     /// A property of an object.
     struct ObjectPropertyInfo {
         /// Its name.
@@ -57,16 +70,53 @@ const LIMIT: usize = 1024;
 /// All objects.
 #[derive(Default)]
 pub(super) struct Objects {
-    threads: BTreeMap<String, Arc<IoThread>>,
+    all: BTreeMap<String, Object>,
     /// The turn of the cores.
     turn: usize,
+}
+
+/// An object. Whoever refers to it holds a clone.
+#[derive(Clone)]
+enum Object {
+    Thread(Arc<IoThread>),
+    Group(Arc<Group>),
+}
+
+impl Object {
+    fn kind(&self) -> &'static str {
+        match self {
+            Object::Thread(_) => "iothread",
+            Object::Group(_) => "throttle-group",
+        }
+    }
+
+    fn is_used(&self) -> bool {
+        match self {
+            Object::Thread(t) => Arc::strong_count(t) > 1,
+            Object::Group(g) => Arc::strong_count(g) > 1,
+        }
+    }
+
+    fn properties(&self) -> Vec<Property> {
+        let int = |name: String, value: Value| Property { name, kind: "int".into(), value };
+        match self {
+            Object::Thread(t) => vec![int("core".into(), t.core.into())],
+            Object::Group(g) => {
+                let limits = ThrottleLimits::of(&g.config()).write();
+                let single = limits.as_object().into_iter().flatten();
+                let mut all: Vec<_> = single.map(|(k, v)| int(format!("x-{k}"), v.clone())).collect();
+                all.push(Property { name: "limits".into(), kind: "ThrottleLimits".into(), value: limits });
+                all
+            }
+        }
+    }
 }
 
 /// Something that has a path.
 enum Place {
     Root,
     Objects,
-    Thread(Arc<IoThread>),
+    Object(Object),
 }
 
 /// A property and its value.
@@ -94,58 +144,99 @@ pub(super) fn register(registry: &mut Registry<Daemon>) {
     registry.command("qom-get", |call: &DaemonCall<'_>, args: QomGetArgs| {
         let (kind, properties) = lock(&call.context.objects).properties(&args.path)?;
         let found = properties.into_iter().find(|p| p.name == args.property);
-        let text = || Error::invalid(format!("Property '{kind}.{}' not found", args.property));
-        found.map(|p| p.value).ok_or_else(text)
+        found.map(|p| p.value).ok_or_else(|| no_property(kind, &args.property))
     });
+    registry.command("qom-set", |call: &DaemonCall<'_>, args: QomSetArgs| {
+        lock(&call.context.objects).set(&args).map(|()| Empty {})
+    });
+}
+
+fn no_property(kind: &str, property: &str) -> Error {
+    Error::invalid(format!("Property '{kind}.{property}' not found"))
 }
 
 impl Daemon {
     /// Makes an object.
     pub fn object_add(&self, options: ObjectOptions) -> Result<(), Error> {
-        let cores = self.storage()?.cores();
-        lock(&self.objects).add(options, cores)
+        let storage = self.storage()?;
+        let groups = storage.engine().throttle_groups();
+        lock(&self.objects).add(options, storage.cores(), groups)
     }
 
     /// The iothread of this id; holding it keeps it from being deleted.
     pub(super) fn iothread(&self, id: &str) -> Result<Arc<IoThread>, Error> {
-        let found = lock(&self.objects).threads.get(id).cloned();
-        found.ok_or_else(|| Error::invalid(format!("iothread \"{id}\" not found")))
+        match lock(&self.objects).all.get(id) {
+            Some(Object::Thread(t)) => Ok(t.clone()),
+            _ => Err(Error::invalid(format!("iothread \"{id}\" not found"))),
+        }
     }
 }
 
 impl Objects {
-    fn add(&mut self, options: ObjectOptions, cores: usize) -> Result<(), Error> {
+    fn add(&mut self, options: ObjectOptions, cores: usize, groups: &Groups) -> Result<(), Error> {
         let id = options.base.id;
         if !is_id(&id) {
             return Err(Error::invalid("Parameter 'id' expects an identifier"));
         }
-        if self.threads.contains_key(&id) {
+        if self.all.contains_key(&id) {
             let text = format!("attempt to add duplicate property '{id}' to object (type 'container')");
             return Err(Error::invalid(text));
         }
-        if self.threads.len() >= LIMIT {
+        if self.all.len() >= LIMIT {
             return Err(Error::new(Errno::ENOSPC, format!("There are {LIMIT} objects already")));
         }
-        match options.kind {
+        let object = match options.kind {
             ObjectType::Iothread(Empty {}) => {
                 let core = self.turn % cores.max(1);
                 self.turn = core + 1;
-                self.threads.insert(id.clone(), Arc::new(IoThread { id, core }));
+                Object::Thread(Arc::new(IoThread { id: id.clone(), core }))
             }
-        }
+            ObjectType::ThrottleGroup(properties) => {
+                let group = Group::new(id.clone(), properties.config()?);
+                if !groups.add(&group) {
+                    return Err(Error::new(
+                        Errno::EEXIST,
+                        format!("There is a throttle group '{id}' already"),
+                    ));
+                }
+                Object::Group(group)
+            }
+        };
+        self.all.insert(id, object);
         Ok(())
     }
 
     fn del(&mut self, id: &str) -> Result<(), Error> {
-        let Some(thread) = self.threads.get(id) else {
+        let Some(object) = self.all.get(id) else {
             return Err(Error::invalid(format!("object '{id}' not found")));
         };
-        // New references are made under the lock that is held here.
-        if Arc::strong_count(thread) > 1 {
+        // References to threads are made under the lock that is held here. A group that somebody finds just now lives on
+        // without its object.
+        if object.is_used() {
             return Err(Error::new(Errno::EBUSY, format!("object '{id}' is in use, can not be deleted")));
         }
-        self.threads.remove(id);
+        self.all.remove(id);
         Ok(())
+    }
+
+    /// Changes a property. Limits that are not given stay as they are; the buckets are empty afterwards.
+    fn set(&self, args: &QomSetArgs) -> Result<(), Error> {
+        let (kind, properties) = self.properties(&args.path)?;
+        if !properties.iter().any(|p| p.name == args.property) {
+            return Err(no_property(kind, &args.property));
+        }
+        match self.resolve(&args.path)? {
+            Place::Object(Object::Group(group)) if args.property == "limits" => {
+                let whole = Value::Object([("limits".to_owned(), args.value.clone())].into_iter().collect());
+                let limits = from_json::<ThrottleGroupProperties>(&whole)?.limits.unwrap_or_default();
+                group.set(limits.over(&group.config())?);
+                Ok(())
+            }
+            Place::Object(Object::Group(_)) if args.property.starts_with("x-") => {
+                Err(Error::invalid("Property cannot be set after initialization"))
+            }
+            _ => Err(Error::invalid(format!("Property '{kind}.{}' is not writable", args.property))),
+        }
     }
 
     /// What stands at a path. One that does not begin with a slash may leave out the beginning.
@@ -156,8 +247,8 @@ impl Objects {
         let mut found: Vec<Place> = Vec::new();
         found.extend(hit(&[]).then_some(Place::Root));
         found.extend(hit(&["objects"]).then_some(Place::Objects));
-        let threads = self.threads.iter().filter(|(id, _)| hit(&["objects", id]));
-        found.extend(threads.map(|(_, t)| Place::Thread(t.clone())));
+        let objects = self.all.iter().filter(|(id, _)| hit(&["objects", id]));
+        found.extend(objects.map(|(_, o)| Place::Object(o.clone())));
         match (found.pop(), found.is_empty()) {
             (Some(place), true) => Ok(place),
             (Some(_), false) => Err(Error::invalid(format!("Path '{path}' is ambiguous"))),
@@ -176,13 +267,10 @@ impl Objects {
         let (kind, more) = match self.resolve(path)? {
             Place::Root => ("container", vec![child("objects", "container", "/objects".into())]),
             Place::Objects => {
-                let ids = self.threads.keys();
-                ("container", ids.map(|id| child(id, "iothread", format!("/objects/{id}"))).collect())
+                let one = |(id, o): (&String, &Object)| child(id, o.kind(), format!("/objects/{id}"));
+                ("container", self.all.iter().map(one).collect())
             }
-            Place::Thread(t) => {
-                let core = Property { name: "core".into(), kind: "int".into(), value: t.core.into() };
-                ("iothread", vec![core])
-            }
+            Place::Object(o) => (o.kind(), o.properties()),
         };
         let own = Property { name: "type".into(), kind: "string".into(), value: kind.into() };
         Ok((kind, std::iter::once(own).chain(more).collect()))

@@ -9,6 +9,7 @@ use ringblock_drivers::options::types::{BlockPermission, BlockdevDetectZeroesOpt
 use ringblock_engine::driver::perm;
 use ringblock_engine::graph::{DetectZeroes, GraphInfo, NodeId, NodeInfo};
 use ringblock_engine::path::{OpClass, Snapshot};
+use ringblock_engine::throttle::Member;
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 
@@ -161,6 +162,28 @@ ringblock_drivers::qapi! {
         interval_length: i64 = "interval_length",
     }
 
+    /// How long requests were held back by limits, as counts by duration.
+    struct ThrottleWaits {
+        /// Where a bin ends and the next begins, in ns.
+        boundaries: Vec<i64> = "boundaries",
+        /// Requests in each bin; there is one more bin than boundaries.
+        bins: Vec<i64> = "bins",
+    }
+
+    /// What a throttle node holds back.
+    struct BlockThrottleStats {
+        /// Its group.
+        group: String = "group",
+        /// Its share beside other members of the group.
+        weight: i64 = "weight",
+        /// Reads that wait now.
+        rd_queue_length: i64 = "rd-queue-length",
+        /// Writes, write-zeroes and discards that wait now.
+        wr_queue_length: i64 = "wr-queue-length",
+        /// How long requests had to wait; those that had not are not counted.
+        waits: ThrottleWaits = "waits",
+    }
+
     /// Counters.
     struct BlockDeviceStats: Default {
         /// Bytes read.
@@ -235,6 +258,8 @@ ringblock_drivers::qapi! {
         node_name: Option<String> = "node-name",
         /// The counters.
         stats: BlockDeviceStats = "stats",
+        /// What limits do to it, for throttle nodes.
+        throttle: Option<BlockThrottleStats> = "throttle",
         /// The node that holds the bytes.
         parent: Option<Box<BlockStats>> = "parent",
         /// The node below.
@@ -327,10 +352,34 @@ impl Daemon {
         let stats = |n: &NodeInfo| BlockStats {
             node_name: Some(n.name.clone()),
             stats: sums.get(&n.name).cloned().unwrap_or_default(),
+            throttle: n.driver.throttle().map(|m| throttle_stats(&m)),
             parent: None,
             backing: None,
         };
         Ok(graph.nodes.iter().map(stats).collect())
+    }
+}
+
+/// Ends of bins: 1, 2 and 5 times powers of ten, from 10 microseconds to 100 seconds.
+fn wait_boundaries() -> Vec<u64> {
+    let decades = (4..11).map(|e| 10u64.pow(e));
+    decades.flat_map(|d| [d, 2 * d, 5 * d]).chain([10u64.pow(11)]).collect()
+}
+
+fn throttle_stats(member: &Member) -> BlockThrottleStats {
+    let stats = member.stats();
+    let ends = wait_boundaries();
+    let mut bins = vec![0u64; ends.len() + 1];
+    for step in stats.waits.iter().flat_map(|w| w.iter_recorded()) {
+        bins[ends.partition_point(|&e| e <= step.value_iterated_to())] += step.count_at_value();
+    }
+    let list = |v: Vec<u64>| v.into_iter().map(signed).collect();
+    BlockThrottleStats {
+        group: member.group().name().to_owned(),
+        weight: i64::from(member.weight()),
+        rd_queue_length: signed(stats.waiting_reads),
+        wr_queue_length: signed(stats.waiting_writes),
+        waits: ThrottleWaits { boundaries: list(ends), bins: list(bins) },
     }
 }
 

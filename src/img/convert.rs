@@ -13,7 +13,7 @@ use crate::tool::image::{Access, Image, Source};
 use crate::tool::{Fail, Outcome, Tool, on_engine, parse_size, size_option};
 use ringblock_drivers::options::size::BadSize;
 use ringblock_engine::Error;
-use ringblock_engine::throttle::{Config, Group, Kind, Rate};
+use ringblock_engine::throttle::{Config, DEFAULT_WEIGHT, Group, Kind, Member, Rate};
 use ringblock_jobs::copy::{Doing, Failure};
 use ringblock_jobs::{BlockCopy, Options, Source as CopySource, copy_on_all_cores};
 use std::sync::Arc;
@@ -319,10 +319,10 @@ async fn backing_of(sources: &[CopySource]) -> Option<ringblock_engine::graph::N
     node.edges.iter().find(|e| e.name == "backing").map(|e| e.node)
 }
 
-fn limit(rate: u64) -> Arc<Group> {
+fn limit(rate: u64) -> Arc<Member> {
     let mut config = Config::default();
-    config.rates[Kind::BpsTotal as usize] = Rate { avg: rate as f64, max: 0.0, length: 1.0 };
-    Arc::new(Group::new(config))
+    config.rates[Kind::BpsTotal as usize] = Rate { avg: rate as f64, ..Rate::default() };
+    Member::join(&Group::new("convert", config), DEFAULT_WEIGHT)
 }
 
 fn failed(f: Failure) -> Fail {

@@ -14,6 +14,7 @@
 pub mod blkdebug;
 pub mod blklogwrites;
 pub mod blkverify;
+pub mod throttle;
 
 use ringblock_engine::driver::{Op, Request};
 use ringblock_engine::error::Errno;

@@ -7,7 +7,8 @@
 //!                                                 ├─ raw                 file: BlockdevRef
 //!                                                 ├─ qcow2               file, backing, data-file: BlockdevRef
 //!                                                 ├─ blklogwrites        file, log: BlockdevRef
-//!                                                 └─ blkverify           test, raw: BlockdevRef
+//!                                                 ├─ blkverify           test, raw: BlockdevRef
+//!                                                 └─ throttle            file: BlockdevRef
 //! BlockdevRef     = options in place | name of an existing node
 //! ```
 
@@ -58,6 +59,8 @@ crate::qapi! {
         Qcow2(Box<BlockdevOptionsQcow2>) = "qcow2",
         /// The bytes of another node, or a part of them.
         Raw(Box<BlockdevOptionsRaw>) = "raw",
+        /// Another node, with limits.
+        Throttle(Box<BlockdevOptionsThrottle>) = "throttle",
     }
 
     /// A node whose changes are logged, in the format of dm-log-writes.
@@ -110,6 +113,16 @@ crate::qapi! {
         offset: Option<Size> = "offset",
         /// How many there are (default: all that follow).
         size: Option<Size> = "size",
+    }
+
+    /// Another node, with limits.
+    struct BlockdevOptionsThrottle {
+        /// The throttle-group object whose limits apply.
+        throttle_group: String = "throttle-group",
+        /// The node.
+        file: BlockdevRef = "file",
+        /// Its share beside other members of the group that wait, from 1 to 10000 (default: 100).
+        weight: Option<u32> = "weight",
     }
 
     /// A qcow2 image.
@@ -338,6 +351,7 @@ impl BlockdevOptions {
             BlockdevDriver::Blkverify(o) => vec![("raw", &o.raw), ("test", &o.test)],
             BlockdevDriver::Blkdebug(o) => vec![("image", &o.image)],
             BlockdevDriver::Raw(o) => vec![("file", &o.file)],
+            BlockdevDriver::Throttle(o) => vec![("file", &o.file)],
             BlockdevDriver::Qcow2(o) => {
                 let mut all = vec![("file", &o.file)];
                 all.extend(o.data_file.as_ref().map(|d| ("data-file", d)));

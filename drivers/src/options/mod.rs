@@ -25,6 +25,7 @@ pub mod keyval;
 pub mod object;
 pub mod schema;
 pub mod size;
+pub mod throttle;
 pub mod types;
 pub mod value;
 

@@ -1,5 +1,6 @@
 //! Objects: things with an id that other options refer to.
 
+use super::throttle::ThrottleGroupProperties;
 use super::types::Empty;
 
 crate::qapi! {
@@ -15,6 +16,8 @@ crate::qapi! {
         tag kind: ObjectType = "qom-type",
         /// One of the engine's cores, given out in turn; exports refer to it.
         Iothread(Empty) = "iothread",
+        /// Limits that throttle nodes share.
+        ThrottleGroup(Box<ThrottleGroupProperties>) = "throttle-group",
     }
 }
 

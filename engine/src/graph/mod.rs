@@ -34,7 +34,8 @@ use crate::epoch::{Barrier, barrier};
 use crate::error::{Errno, Error};
 use crate::path::{self, Root, RootId, Serial};
 use crate::sync;
-use crate::throttle::Group;
+use crate::throttle::Member;
+use smallvec::SmallVec;
 
 /// Number of a node in the engine; reused after the node is gone.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -82,7 +83,9 @@ struct RootNode {
     shared: u8,
     user: String,
     writable: bool,
-    throttle: Option<Arc<Group>>,
+    throttle: Option<Arc<Member>>,
+    /// Members below that let everything pass because this root is on its way out.
+    exempt: Vec<Arc<Member>>,
 }
 
 #[derive(Default)]
@@ -105,6 +108,12 @@ impl Default for Graph {
     }
 }
 
+/// Roots that are drained, and the members of throttle nodes below them that let everything pass meanwhile.
+struct Drained {
+    roots: Arc<[RootId]>,
+    exempt: Vec<Arc<Member>>,
+}
+
 /// What a new root asks for.
 pub struct RootSpec {
     /// Name of the node.
@@ -115,8 +124,8 @@ pub struct RootSpec {
     pub shared: u8,
     /// Who it is, for error texts: "block device 'e0'".
     pub user: String,
-    /// Limits it joins.
-    pub throttle: Option<Arc<Group>>,
+    /// Limits of its own.
+    pub throttle: Option<Arc<Member>>,
 }
 
 impl Graph {
@@ -231,7 +240,8 @@ impl Graph {
             }
             let id = (0..).map(RootId).find(|id| !state.roots.contains_key(id)).ok_or(Errno::ENOMEM)?;
             let (perm, shared, user, throttle) = (spec.perm, spec.shared, spec.user, spec.throttle);
-            state.roots.insert(id, RootNode { node, perm, shared, user, writable, throttle });
+            let root = RootNode { node, perm, shared, user, writable, throttle, exempt: Vec::new() };
+            state.roots.insert(id, root);
             id
         };
         if let Err(e) = self.refresh_perms().await {
@@ -243,15 +253,26 @@ impl Graph {
         Ok(Root::new(id))
     }
 
+    /// Lets the requests of a root that is about to be detached pass the throttle nodes below formats and filters.
+    pub fn hurry(&self, root: Root) {
+        let exempt = self.state.borrow().members_below(&[root.id()]);
+        exempt.iter().for_each(|m| m.exempt(true));
+        if let Some(r) = self.state.borrow_mut().roots.get_mut(&root.id()) {
+            r.exempt.extend(exempt);
+        }
+    }
+
     /// Detaches a root after its requests are done; closes the node if nobody else holds it.
     pub async fn detach(self: &Rc<Graph>, root: Root) -> Result<(), Error> {
         self.change.acquire(1).await;
-        let roots: Arc<[RootId]> = Arc::new([root.id()]);
-        barrier(Barrier::Drain(roots.clone())).await;
-        self.state.borrow_mut().roots.remove(&root.id());
+        let drained = self.drain(Arc::new([root.id()])).await;
+        let limits = self.state.borrow().limits_of(root.id());
+        let gone = self.state.borrow_mut().roots.remove(&root.id());
+        gone.iter().flat_map(|r| &r.exempt).for_each(|m| m.exempt(false));
         let result = self.collect().await;
-        // waiters find the root gone
-        barrier(Barrier::Resume(roots)).await;
+        // waiters find the root gone, those behind limits too
+        self.resume(drained).await;
+        limits.iter().for_each(|m| m.release(|tag| path::is_of(tag, root.id())));
         let core = Core::current();
         for index in 0..core.count() {
             let id = root.id();
@@ -280,11 +301,10 @@ impl Graph {
         let node = self.lookup(name);
         let result = match node {
             Ok(node) => {
-                let roots = self.roots_above(node);
-                barrier(Barrier::Drain(roots.clone())).await;
+                let drained = self.drain(self.roots_above(node)).await;
                 let result = path_truncate(node, size, prealloc).await;
                 self.install().await;
-                barrier(Barrier::Resume(roots)).await;
+                self.resume(drained).await;
                 result
             }
             Err(e) => Err(e),
@@ -292,6 +312,20 @@ impl Graph {
         self.change.release(1);
         let detached = self.detach(temporary).await;
         result.and(detached)
+    }
+
+    /// Waits until nothing of these roots is in flight, and keeps it so. What throttle nodes on the way hold back is let
+    /// through: limits at a root hold nothing, so only those below a format or a filter matter.
+    async fn drain(&self, roots: Arc<[RootId]>) -> Drained {
+        let exempt = self.state.borrow().members_below(&roots);
+        exempt.iter().for_each(|m| m.exempt(true));
+        barrier(Barrier::Drain(roots.clone())).await;
+        Drained { roots, exempt }
+    }
+
+    async fn resume(&self, drained: Drained) {
+        drained.exempt.iter().for_each(|m| m.exempt(false));
+        barrier(Barrier::Resume(drained.roots)).await;
     }
 
     /// All roots whose requests may reach a node.
@@ -391,7 +425,8 @@ impl State {
         let last = self.roots.keys().next_back().map_or(0, |id| id.0 as usize + 1);
         view.roots.resize_with(last, || None);
         for (id, r) in &self.roots {
-            let root = RootView { node: r.node, writable: r.writable, throttle: r.throttle.clone() };
+            let (node, limits, above) = self.entry(r);
+            let root = RootView { attached: r.node, node, writable: r.writable, limits, above };
             view.roots[id.0 as usize] = Some(root);
         }
         view
@@ -400,6 +435,34 @@ impl State {
     /// Whether somebody hears a debug event that is raised at a node.
     fn listens(&self, n: &Node) -> bool {
         n.driver.listens() || n.filtered().and_then(|c| self.nodes.get(&c)).is_some_and(|c| self.listens(c))
+    }
+
+    /// Where a root's requests go once they are admitted, and by whom: throttle nodes at the top limit at the root, so
+    /// that nothing is held meanwhile.
+    fn entry(&self, root: &RootNode) -> (NodeId, SmallVec<[Arc<Member>; 1]>, NodeFlags) {
+        let mut limits: SmallVec<[Arc<Member>; 1]> = root.throttle.iter().cloned().collect();
+        let (mut at, mut above) = (root.node, NodeFlags::NEUTRAL);
+        while let Some(n) = self.nodes.get(&at)
+            && let Some(member) = n.driver.throttle()
+            && let Some(below) = n.edges.first().and_then(|e| e.node)
+        {
+            limits.push(member);
+            above = above.and(n.flags);
+            at = below;
+        }
+        (at, limits, above)
+    }
+
+    /// The members of the throttle nodes that requests of these roots may pass.
+    fn members_below(&self, roots: &[RootId]) -> Vec<Arc<Member>> {
+        let below =
+            |id: NodeId| roots.iter().any(|r| self.roots.get(r).is_some_and(|r| self.reaches(r.node, id)));
+        let members = self.nodes.iter().filter_map(|(id, n)| Some((*id, n.driver.throttle()?)));
+        members.filter(|(id, _)| below(*id)).map(|(_, m)| m).collect()
+    }
+
+    fn limits_of(&self, root: RootId) -> SmallVec<[Arc<Member>; 1]> {
+        self.roots.get(&root).map(|r| self.entry(r).1).unwrap_or_default()
     }
 
     /// A node's limits merged with those of the children its data goes to (reference, part 5 item 22).

@@ -16,7 +16,6 @@ use std::sync::Arc;
 use super::open::{OpenCx, put_in_place};
 use super::{Common, Graph, NodeFlags, NodeId, owner_writes_back};
 use crate::driver::{Driver, OpenFn, perm};
-use crate::epoch::{Barrier, barrier};
 use crate::error::{Errno, Error};
 use crate::path::{self, RootId};
 
@@ -63,7 +62,7 @@ impl Graph {
     pub async fn reopen(self: &Rc<Graph>, items: Vec<Reopen>) -> Result<(), Error> {
         self.change.acquire(1).await;
         let roots: Arc<[RootId]> = self.state.borrow().roots.keys().copied().collect();
-        barrier(Barrier::Drain(roots.clone())).await;
+        let drained = self.drain(roots).await;
         let mut before = Vec::new();
         let result = self.reopen_all(items, &mut before).await;
         if result.is_err() {
@@ -71,7 +70,7 @@ impl Graph {
         }
         // children that were let go
         let collected = self.collect().await;
-        barrier(Barrier::Resume(roots)).await;
+        self.resume(drained).await;
         self.change.release(1);
         result.and(collected)
     }

@@ -12,10 +12,11 @@ use super::NodeId;
 use crate::driver::{ChildIx, Driver, Limits};
 use crate::error::Errno;
 use crate::path::{RootId, Serial};
-use crate::throttle::Group;
+use crate::throttle::Member;
+use smallvec::SmallVec;
 
 /// What zero-detection does with writes of zeroes (reference, part 5 item 21).
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
 pub enum DetectZeroes {
     /// Nothing.
     #[default]
@@ -37,6 +38,22 @@ pub struct NodeFlags {
     pub discard: bool,
     /// Zero detection.
     pub detect_zeroes: DetectZeroes,
+}
+
+impl NodeFlags {
+    /// Settings that change nothing.
+    pub(crate) const NEUTRAL: NodeFlags =
+        NodeFlags { read_only: false, no_flush: false, discard: true, detect_zeroes: DetectZeroes::Off };
+
+    /// What a request meets that passes a node with these settings and then one with others.
+    pub(crate) fn and(self, other: NodeFlags) -> NodeFlags {
+        NodeFlags {
+            read_only: self.read_only || other.read_only,
+            no_flush: self.no_flush || other.no_flush,
+            discard: self.discard && other.discard,
+            detect_zeroes: self.detect_zeroes.max(other.detect_zeroes),
+        }
+    }
 }
 
 /// A node as the data path sees it.
@@ -64,9 +81,23 @@ impl NodeView {
 /// A root as the data path sees it.
 #[derive(Clone)]
 pub(crate) struct RootView {
+    /// The node it is attached to.
+    pub(crate) attached: NodeId,
+    /// Where its requests go: the first node below that is no throttle node.
     pub(crate) node: NodeId,
     pub(crate) writable: bool,
-    pub(crate) throttle: Option<Arc<Group>>,
+    /// Whose limits its requests are admitted by: its own, then those of throttle nodes from the top down.
+    pub(crate) limits: SmallVec<[Arc<Member>; 1]>,
+    /// The settings of those throttle nodes together.
+    pub(crate) above: NodeFlags,
+}
+
+impl RootView {
+    /// Whether requests of this direction have to ask somebody.
+    #[inline]
+    pub(crate) fn is_limited(&self, write: bool) -> bool {
+        self.limits.iter().any(|m| m.is_limited(write))
+    }
 }
 
 /// One version of the graph.

@@ -12,6 +12,7 @@
 
 mod child;
 mod full;
+mod party;
 mod read;
 mod resolve;
 mod root;
@@ -24,7 +25,9 @@ mod zero;
 
 pub use child::Child;
 pub(crate) use child::truncate_node;
-pub use root::{Root, RootId};
+pub use party::Party;
+pub(crate) use party::is_of;
+pub use root::{Permit, Root, RootId};
 pub use stats::{OpClass, OpStats, Snapshot};
 pub use status::Above;
 

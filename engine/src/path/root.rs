@@ -11,19 +11,19 @@ use std::cell::{Cell, RefCell};
 use std::ops::Range;
 use std::rc::Rc;
 
+use super::party::{Party, tag};
 use super::read::{read_fast, read_node};
 use super::stats::{OpClass, OpStats, Snapshot};
 use super::status::{Above, status_above, status_node};
 use super::write::{write_fast, write_node};
 use super::zero::{discard_node, flush_node, zeroes_node};
-use crate::core::Core;
-use crate::driver::{Flags, Limits, Status};
+use crate::core::{Core, yield_now};
+use crate::driver::{Flags, Limits, LocalFuture, Status};
 use crate::error::Errno;
 use crate::graph::{DetectZeroes, NodeFlags, NodeId};
 use crate::mem::Buf;
-use crate::sync::{Event, Semaphore};
-use crate::throttle::Group;
-use std::sync::Arc;
+use crate::sync::Event;
+use crate::throttle::Outcome;
 
 /// Number of a root in the engine.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -34,9 +34,6 @@ pub(crate) struct RootLocal {
     closed: Cell<u32>,
     inflight: Cell<u32>,
     changed: Event,
-    /// Throttled requests wait here, in order, reads and writes apart.
-    turn: [Semaphore; 2],
-    waiting: Cell<u32>,
     stats: RefCell<[OpStats; OpClass::COUNT]>,
     /// Where the highest write that succeeded ended.
     highest_write: Cell<u64>,
@@ -48,8 +45,6 @@ impl Default for RootLocal {
             closed: Cell::new(0),
             inflight: Cell::new(0),
             changed: Event::default(),
-            turn: [Semaphore::new(1), Semaphore::new(1)],
-            waiting: Cell::new(0),
             stats: RefCell::default(),
             highest_write: Cell::new(0),
         }
@@ -81,18 +76,6 @@ impl RootLocal {
         }
         self.inflight.set(self.inflight.get() + 1);
     }
-
-    /// Waits until the limits allow a request; holds no buffer and is not in flight meanwhile.
-    async fn throttle(&self, core: &Core, group: &Group, write: bool, bytes: u64) {
-        let turn = &self.turn[usize::from(write)];
-        self.waiting.set(self.waiting.get() + 1);
-        turn.acquire(1).await;
-        while let Err(until) = group.admit(core.now_exact(), write, bytes) {
-            crate::timer::Sleep::until(until).await;
-        }
-        turn.release(1);
-        self.waiting.set(self.waiting.get() - 1);
-    }
 }
 
 /// A request that is in flight; leaving is automatic.
@@ -114,6 +97,14 @@ pub struct Root {
     id: RootId,
 }
 
+/// Leave to do one request. It is got before anything is held for the request, and used up by it.
+#[must_use]
+#[derive(Debug)]
+pub struct Permit {
+    /// When the request asked.
+    started: u64,
+}
+
 /// What a request needs to know of its root, read once after the gate.
 struct Entry {
     core: Rc<Core>,
@@ -123,6 +114,8 @@ struct Entry {
     size: u64,
     writable: bool,
     flags: NodeFlags,
+    /// The settings of throttle nodes that the request has passed.
+    above: NodeFlags,
     gate: InFlight,
 }
 
@@ -136,29 +129,78 @@ impl Root {
         self.id
     }
 
+    /// Waits until the limits allow a request of `bytes`, a read or a change. Whoever holds something for a request (a
+    /// buffer, a place to receive it) asks first and gets it then. Dropping the future gives the place in the queue up.
+    ///
+    /// # Errors
+    /// `ENOMEDIUM` if the root is gone.
     #[inline]
-    async fn enter(&self, write: Option<bool>, bytes: u64) -> Result<Entry, Errno> {
+    pub async fn admit(&self, write: bool, bytes: u64) -> Result<Permit, Errno> {
+        self.admit_for(None, write, bytes).await
+    }
+
+    #[inline]
+    pub(super) async fn admit_for(
+        &self,
+        party: Option<&Party>,
+        write: bool,
+        bytes: u64,
+    ) -> Result<Permit, Errno> {
+        let core = Core::current();
+        let started = core.now();
+        let limited = core.view.borrow().root(self.id)?.is_limited(write);
+        if limited {
+            self.wait_for_limits(party, write, bytes).await?;
+        }
+        Ok(Permit { started })
+    }
+
+    #[cold]
+    fn wait_for_limits<'a>(
+        &self,
+        party: Option<&'a Party>,
+        write: bool,
+        bytes: u64,
+    ) -> LocalFuture<'a, Result<(), Errno>> {
+        let root = *self;
+        Box::pin(async move {
+            let tag = party.map_or(tag(root, 0), Party::tag);
+            'anew: loop {
+                let limits = Core::current().view.borrow().root(root.id)?.limits.clone();
+                for member in &limits {
+                    party.map_or(Ok(()), |p| p.waits_at(member))?;
+                    if member.admit(write, bytes, tag).await == Outcome::Released {
+                        // the party leaves, or the graph is about to change, or has changed
+                        if party.is_some_and(Party::has_left) {
+                            return Err(Errno::ESHUTDOWN);
+                        }
+                        yield_now().await;
+                        continue 'anew;
+                    }
+                }
+                return Ok(());
+            }
+        })
+    }
+
+    /// For what is never limited.
+    fn free(&self) -> Permit {
+        Permit { started: Core::current().now() }
+    }
+
+    #[inline]
+    async fn enter(&self, permit: Permit) -> Result<Entry, Errno> {
         let core = Core::current();
         let local = core.root(self.id);
-        let started = core.now();
-        if let Some(write) = write {
-            let group: Option<Arc<Group>> = {
-                let view = core.view.borrow();
-                view.root(self.id)?.throttle.clone()
-            };
-            if let Some(group) = group {
-                local.throttle(&core, &group, write, bytes).await;
-            }
-        }
         local.enter().await;
         let gate = InFlight(local);
-        let (node, size, writable, flags) = {
+        let (node, size, writable, flags, above) = {
             let view = core.view.borrow();
             let root = view.root(self.id)?;
             let node = view.node(root.node)?;
-            (root.node, node.driver.size(), root.writable, node.flags)
+            (root.node, node.driver.size(), root.writable, node.flags, root.above)
         };
-        Ok(Entry { core, root: self.id, started, node, size, writable, flags, gate })
+        Ok(Entry { core, root: self.id, started: permit.started, node, size, writable, flags, above, gate })
     }
 
     /// Size of the node in bytes.
@@ -179,13 +221,21 @@ impl Root {
     pub fn node(&self) -> Result<NodeId, Errno> {
         let core = Core::current();
         let view = core.view.borrow();
-        Ok(view.root(self.id)?.node)
+        Ok(view.root(self.id)?.attached)
     }
 
     /// Fills the buffer from `off`. `EIO` if the range is not inside the node.
     pub async fn read(&self, off: u64, buf: Buf) -> (Result<(), Errno>, Buf) {
+        match self.admit(false, buf.len() as u64).await {
+            Ok(permit) => self.read_admitted(permit, off, buf).await,
+            Err(e) => (Err(e), buf),
+        }
+    }
+
+    /// [`Root::read`] of a request that the limits have allowed.
+    pub async fn read_admitted(&self, permit: Permit, off: u64, buf: Buf) -> (Result<(), Errno>, Buf) {
         let len = buf.len() as u64;
-        let entry = match self.enter(Some(false), len).await {
+        let entry = match self.enter(permit).await {
             Ok(e) => e,
             Err(e) => return (Err(e), buf),
         };
@@ -201,8 +251,22 @@ impl Root {
 
     /// Writes the buffer at `off`. `EPERM` on a read-only root, `ENOSPC` if the range is not inside the node.
     pub async fn write(&self, off: u64, buf: Buf, flags: Flags) -> (Result<(), Errno>, Buf) {
+        match self.admit(true, buf.len() as u64).await {
+            Ok(permit) => self.write_admitted(permit, off, buf, flags).await,
+            Err(e) => (Err(e), buf),
+        }
+    }
+
+    /// [`Root::write`] of a request that the limits have allowed.
+    pub async fn write_admitted(
+        &self,
+        permit: Permit,
+        off: u64,
+        buf: Buf,
+        flags: Flags,
+    ) -> (Result<(), Errno>, Buf) {
         let len = buf.len() as u64;
-        let entry = match self.enter(Some(true), len).await {
+        let entry = match self.enter(permit).await {
             Ok(e) => e,
             Err(e) => return (Err(e), buf),
         };
@@ -219,7 +283,19 @@ impl Root {
 
     /// Makes a range read as zeroes. Errors as for [`Root::write`]; `ENOTSUP` with `no_fallback` if it would be slow.
     pub async fn write_zeroes(&self, off: u64, len: u64, flags: Flags) -> Result<(), Errno> {
-        let entry = self.enter(Some(true), len).await?;
+        self.write_zeroes_admitted(self.admit(true, len).await?, off, len, flags).await
+    }
+
+    /// [`Root::write_zeroes`] of a request that the limits have allowed.
+    pub async fn write_zeroes_admitted(
+        &self,
+        permit: Permit,
+        off: u64,
+        len: u64,
+        flags: Flags,
+    ) -> Result<(), Errno> {
+        let entry = self.enter(permit).await?;
+        let flags = Flags { may_unmap: flags.may_unmap && entry.above.discard, ..flags };
         let result = match entry.check_write(off, len) {
             Ok(()) if len > 0 => zeroes_node(entry.node, off, len, flags).await,
             other => other,
@@ -229,8 +305,14 @@ impl Root {
 
     /// Advice that a range is not needed.
     pub async fn discard(&self, off: u64, len: u64) -> Result<(), Errno> {
-        let entry = self.enter(Some(true), len).await?;
+        self.discard_admitted(self.admit(true, len).await?, off, len).await
+    }
+
+    /// [`Root::discard`] of a request that the limits have allowed.
+    pub async fn discard_admitted(&self, permit: Permit, off: u64, len: u64) -> Result<(), Errno> {
+        let entry = self.enter(permit).await?;
         let result = match entry.check_write(off, len) {
+            Ok(()) if !entry.above.discard => Ok(()),
             Ok(()) => discard_node(entry.node, off, len).await,
             Err(e) => Err(e),
         };
@@ -239,14 +321,15 @@ impl Root {
 
     /// Makes durable whatever completed before. Never throttled.
     pub async fn flush(&self) -> Result<(), Errno> {
-        let entry = self.enter(None, 0).await?;
-        let result = if entry.writable { flush_node(entry.node).await } else { Ok(()) };
+        let entry = self.enter(self.free()).await?;
+        let result =
+            if entry.writable && !entry.above.no_flush { flush_node(entry.node).await } else { Ok(()) };
         entry.finish(OpClass::Flush, 0, result)
     }
 
     /// Block status of the beginning of a range, in the node itself.
     pub async fn status(&self, range: Range<u64>, want_zero: bool) -> Result<Status, Errno> {
-        let entry = self.enter(None, 0).await?;
+        let entry = self.enter(self.free()).await?;
         if range.is_empty() || range.end > entry.size {
             return Err(Errno::EINVAL);
         }
@@ -260,7 +343,7 @@ impl Root {
         range: Range<u64>,
         want_zero: bool,
     ) -> Result<Above, Errno> {
-        let entry = self.enter(None, 0).await?;
+        let entry = self.enter(self.free()).await?;
         if range.is_empty() || range.end > entry.size {
             return Err(Errno::EINVAL);
         }
@@ -289,19 +372,16 @@ impl Root {
 
 impl Entry {
     fn check_write(&self, off: u64, len: u64) -> Result<(), Errno> {
-        if !self.writable || self.flags.read_only {
+        if !self.writable || self.flags.read_only || self.above.read_only {
             return Err(Errno::EPERM);
         }
         if inside(off, len, self.size) { Ok(()) } else { Err(Errno::ENOSPC) }
     }
 
     async fn write(&self, off: u64, buf: Buf, flags: Flags) -> (Result<(), Errno>, Buf) {
-        if self.flags.detect_zeroes != DetectZeroes::Off
-            && !flags.compressed
-            && !buf.is_empty()
-            && buf.is_zero()
-        {
-            let may_unmap = self.flags.detect_zeroes == DetectZeroes::Unmap;
+        let detect = self.flags.detect_zeroes.max(self.above.detect_zeroes);
+        if detect != DetectZeroes::Off && !flags.compressed && !buf.is_empty() && buf.is_zero() {
+            let may_unmap = detect == DetectZeroes::Unmap;
             let flags = Flags { may_unmap, ..flags };
             return (zeroes_node(self.node, off, buf.len() as u64, flags).await, buf);
         }

@@ -59,6 +59,7 @@ fn core_with(backend: Box<dyn Backend>) -> Rc<Core> {
         host: Host::Linux,
         slots: Default::default(),
         listener: Default::default(),
+        groups: Default::default(),
     });
     Core::new(shared, 1023, engine, backend, Clock::Real(std::time::Instant::now()))
 }

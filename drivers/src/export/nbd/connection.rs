@@ -15,11 +15,13 @@
 
 use std::pin::pin;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::task::Poll;
 
 use ringblock_engine::core::Core;
 use ringblock_engine::mem::Buf;
 use ringblock_engine::net::Socket;
+use ringblock_engine::path::Party;
 use ringblock_engine::ring::SendBatch;
 use ringblock_engine::timer::Sleep;
 
@@ -214,6 +216,8 @@ pub(super) async fn transmit(client: Rc<Client>, session: Session, mut input: In
     let mut reader = Reader { core, client: client.clone(), session, large: false, pace: Pace::default() };
     // However it ends, what was taken on is finished.
     let _ = reader.run(&mut input).await;
+    // Nobody waits for what the limits still hold back.
+    client.party.leave();
     client.flow.close();
     sent.await;
 }
@@ -292,16 +296,30 @@ impl Reader {
             Command::Read { off, len } => self.core.spawn(serve::read(client, to, off, len)),
             Command::Write { off, len, fua } => {
                 self.large = len >= LARGE;
-                match input.take(len as usize).await {
-                    Ok(buf) => self.core.spawn(serve::write(client, to, off, buf, fua)),
-                    Err(over) => {
-                        // It was admitted, so it must reply, if only to be counted.
-                        client.fail(to, weight, NbdError::Io, None);
-                        return Err(over);
-                    }
-                }
+                return self.write(to, input, off, len, fua).await;
             }
             other => self.core.spawn(serve::other(client, to, other)),
+        }
+        Ok(())
+    }
+
+    /// A write that waits for limits keeps the client from being read, so that nobody holds its data. It was taken on, so it
+    /// must reply whatever happens, if only to be counted.
+    async fn write(&self, to: ReplyTo, input: &mut Input, off: u64, len: u32, fua: bool) -> Result<(), Over> {
+        let client = self.client.clone();
+        let permit = match client.party.admit(true, u64::from(len)).await {
+            Ok(permit) => permit,
+            Err(e) => {
+                client.fail(to, len as usize, NbdError::of(e), None);
+                return input.skip(len as usize).await;
+            }
+        };
+        match input.take(len as usize).await {
+            Ok(buf) => self.core.spawn(serve::write(client, to, permit, off, buf, fua)),
+            Err(over) => {
+                client.fail(to, len as usize, NbdError::Io, None);
+                return Err(over);
+            }
         }
         Ok(())
     }
@@ -313,6 +331,6 @@ impl Reader {
 }
 
 /// Makes the client of a negotiated connection.
-pub(super) fn client(stream: Socket, root: ringblock_engine::path::Root, writethrough: bool) -> Rc<Client> {
-    Rc::new(Client { flow: Flow::new(stream), root, writethrough })
+pub(super) fn client(stream: Socket, party: Arc<Party>, writethrough: bool) -> Rc<Client> {
+    Rc::new(Client { flow: Flow::new(stream), root: party.root(), party, writethrough })
 }

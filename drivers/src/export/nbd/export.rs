@@ -68,6 +68,8 @@ impl NbdExportOptions {
 struct State {
     clients: usize,
     closing: bool,
+    /// Told when the clients are cut.
+    cut: Option<Sender<()>>,
     release: Option<Sender<Gone>>,
     gone: Option<Gone>,
 }
@@ -88,9 +90,10 @@ impl NbdExport {
         mut options: NbdExportOptions,
         root: Root,
         server: Weak<Shared>,
+        cut: Sender<()>,
         release: Sender<Gone>,
     ) -> Arc<NbdExport> {
-        let state = State { clients: 0, closing: false, release: Some(release), gone: None };
+        let state = State { clients: 0, closing: false, cut: Some(cut), release: Some(release), gone: None };
         // The last client may outlive the export by a moment, and must not hold the iothread then.
         let core = options.iothread.take().map(|t| t.core);
         Arc::new(NbdExport { name, options, core, root, server, state: Mutex::new(state) })
@@ -195,13 +198,17 @@ impl Export for NbdExport {
     }
 
     fn shut_down(self: Arc<Self>, gone: Box<dyn FnOnce() + Send>) {
-        {
+        let cut = {
             let mut s = self.state();
             s.closing = true;
             s.gone = Some(gone);
-        }
+            s.cut.take()
+        };
         if let Some(server) = self.server.upgrade() {
             server.forget(&self);
+        }
+        if let Some(cut) = cut {
+            cut.send(());
         }
         self.end_if_idle();
     }

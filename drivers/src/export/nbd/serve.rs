@@ -9,11 +9,12 @@
 //! ```
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use ringblock_engine::Errno;
 use ringblock_engine::driver::Flags;
 use ringblock_engine::mem::Buf;
-use ringblock_engine::path::Root;
+use ringblock_engine::path::{Party, Root, Permit};
 
 use super::flow::Flow;
 use super::handshake::{BASE_ID, Contexts, DEPTH_ID};
@@ -25,6 +26,8 @@ use super::wire::{self, Framing, NbdError, ReplyTo};
 pub(super) struct Client {
     pub(super) flow: Flow,
     pub(super) root: Root,
+    /// In whose name it asks the limits.
+    pub(super) party: Arc<Party>,
     /// Every write is durable before its reply.
     pub(super) writethrough: bool,
 }
@@ -60,11 +63,14 @@ impl Client {
     }
 }
 
-/// Runs a read.
+/// Runs a read. Its memory is taken when the limits have allowed it.
 pub(super) async fn read(client: Rc<Client>, to: ReplyTo, off: u64, len: u32) {
     let (result, buf) = match len {
         0 => (Ok(()), Buf::new(0)),
-        _ => client.root.read(off, Buf::new(len as usize)).await,
+        _ => match client.party.admit(false, u64::from(len)).await {
+            Ok(permit) => client.root.read_admitted(permit, off, Buf::new(len as usize)).await,
+            Err(e) => (Err(e), Buf::new(0)),
+        },
     };
     match result {
         Ok(()) => client.flow.reply(len as usize, Some(buf), |o| wire::read_head(o, to, len)),
@@ -72,13 +78,13 @@ pub(super) async fn read(client: Rc<Client>, to: ReplyTo, off: u64, len: u32) {
     }
 }
 
-/// Runs a write.
-pub(super) async fn write(client: Rc<Client>, to: ReplyTo, off: u64, buf: Buf, fua: bool) {
+/// Runs a write that the limits have allowed.
+pub(super) async fn write(client: Rc<Client>, to: ReplyTo, permit: Permit, off: u64, buf: Buf, fua: bool) {
     let len = buf.len();
     let flags = Flags { fua: fua || client.writethrough, ..Flags::NONE };
     let result = match len {
         0 => Ok(()),
-        _ => client.root.write(off, buf, flags).await.0,
+        _ => client.root.write_admitted(permit, off, buf, flags).await.0,
     };
     client.answer(to, len, result);
 }
@@ -93,13 +99,16 @@ pub(super) async fn other(client: Rc<Client>, to: ReplyTo, command: Command) {
         Command::WriteZeroes { len: 0, .. } | Command::Trim { len: 0, .. } => Ok(()),
         Command::WriteZeroes { off, len, fua, no_hole, fast } => {
             let flags = Flags { fua: fua || through, may_unmap: !no_hole, no_fallback: fast, ..Flags::NONE };
-            root.write_zeroes(off, len, flags).await
+            match client.party.admit(true, len).await {
+                Ok(permit) => root.write_zeroes_admitted(permit, off, len, flags).await,
+                Err(e) => Err(e),
+            }
         }
-        Command::Trim { off, len, fua } => match root.discard(off, len).await {
+        Command::Trim { off, len, fua } => match trim(&client, off, len).await {
             Ok(()) if fua || through => root.flush().await,
             other => other,
         },
-        Command::Cache { off, len } => cache(root, off, len).await,
+        Command::Cache { off, len } => cache(&client, off, len).await,
         Command::BlockStatus { off, len, one, contexts } => {
             match status(root, to, off, len, one, contexts).await {
                 Ok(chunks) => return client.flow.reply(w, None, |o| o.extend_from_slice(&chunks)),
@@ -112,19 +121,25 @@ pub(super) async fn other(client: Rc<Client>, to: ReplyTo, command: Command) {
     client.answer(to, w, result);
 }
 
+async fn trim(client: &Client, off: u64, len: u64) -> Result<(), Errno> {
+    let permit = client.party.admit(true, len).await?;
+    client.root.discard_admitted(permit, off, len).await
+}
+
 /// Reads a range and throws it away: metadata and page cache are warm then. Advice, so it stops at a limit.
-async fn cache(root: &Root, off: u64, len: u64) -> Result<(), Errno> {
+async fn cache(client: &Client, off: u64, len: u64) -> Result<(), Errno> {
     let len = len.min(CACHE_LIMIT);
     let mut buf = Buf::new(0);
     let mut done = 0;
     while done < len {
         let piece = (len - done).min(CACHE_PIECE) as usize;
+        let permit = client.party.admit(false, piece as u64).await?;
         if buf.capacity() < piece {
             buf = Buf::new(piece);
         }
         buf.set_len(piece);
         let result;
-        (result, buf) = root.read(off + done, buf).await;
+        (result, buf) = client.root.read_admitted(permit, off + done, buf).await;
         result?;
         done += piece as u64;
     }

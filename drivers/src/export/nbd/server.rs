@@ -27,6 +27,7 @@ use ringblock_engine::driver::{LocalFuture, perm};
 use ringblock_engine::graph::{Graph, RootSpec};
 use ringblock_engine::host::linux::net::{Listener, set_nodelay};
 use ringblock_engine::net::{self, Socket};
+use ringblock_engine::path::Party;
 use ringblock_engine::sync::{Receiver, Sender, oneshot};
 use ringblock_engine::timer::Sleep;
 use ringblock_engine::{Engine, Errno, Error};
@@ -73,7 +74,23 @@ const ACCEPT_PAUSE: u64 = 100_000_000;
 
 struct Conn {
     stream: Socket,
-    export: Option<Arc<NbdExport>>,
+    bound: Option<Bound>,
+}
+
+/// What a client has chosen, and in whose name it asks that export's limits.
+#[derive(Clone)]
+struct Bound {
+    export: Arc<NbdExport>,
+    party: Arc<Party>,
+}
+
+impl Conn {
+    fn cut(&self) {
+        self.stream.shutdown();
+        if let Some(bound) = &self.bound {
+            bound.party.leave();
+        }
+    }
 }
 
 #[derive(Default)]
@@ -190,8 +207,11 @@ impl NbdServer {
             }
             _ => e,
         })?;
-        let (release, released) = oneshot::<Gone>();
+        let ((release, released), (closing, closes)) = (oneshot::<Gone>(), oneshot::<()>());
         core.spawn(async move {
+            closes.await;
+            // its clients are cut: what they left behind must not wait for limits
+            graph.hurry(root);
             let gone = released.await;
             // The node is given back whatever its closing says: that is reported where it was written to.
             let _ = graph.detach(root).await;
@@ -201,7 +221,7 @@ impl NbdServer {
             }
         });
         let server = Arc::downgrade(&self.shared);
-        let export = NbdExport::new(name.name.clone(), options, root, server, release);
+        let export = NbdExport::new(name.name.clone(), options, root, server, closing, release);
         // The id first: who connects at once can be cut again.
         id.publish(export.clone());
         name.publish(export);
@@ -248,7 +268,7 @@ impl NbdServer {
         let mut conns = self.shared.conns();
         conns.stopping = true;
         conns.room.drain(..).for_each(Waker::wake);
-        conns.live.values().for_each(|c| c.stream.shutdown());
+        conns.live.values().for_each(Conn::cut);
         if conns.live.is_empty() {
             return None;
         }
@@ -300,8 +320,8 @@ impl Shared {
         }
         drop(exports);
         let conns = self.conns();
-        let of = |c: &&Conn| c.export.as_ref().is_some_and(|e| Arc::ptr_eq(e, export));
-        conns.live.values().filter(of).for_each(|c| c.stream.shutdown());
+        let of = |c: &&Conn| c.bound.as_ref().is_some_and(|b| Arc::ptr_eq(&b.export, export));
+        conns.live.values().filter(of).for_each(Conn::cut);
     }
 
     /// Waits until one more client may come; false if the server stops.
@@ -350,12 +370,12 @@ impl Place {
         }
         let id = conns.next;
         conns.next += 1;
-        conns.live.insert(id, Conn { stream: stream.clone(), export: None });
+        conns.live.insert(id, Conn { stream: stream.clone(), bound: None });
         Some(Place { shared: shared.clone(), id })
     }
 
     /// Ties the client to its export; `None` if that is gone, or going.
-    fn bind(&self, name: &str) -> Option<Arc<NbdExport>> {
+    fn bind(&self, name: &str) -> Option<Bound> {
         let export = self.shared.get(name.as_bytes())?;
         let mut conns = self.shared.conns();
         let conn = conns.live.get_mut(&self.id)?;
@@ -363,17 +383,18 @@ impl Place {
         if !export.bind() {
             return None;
         }
-        conn.export = Some(export.clone());
-        Some(export)
+        let bound = Bound { party: Party::new(export.root()), export };
+        conn.bound = Some(bound.clone());
+        Some(bound)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let export = self.shared.conns().live.get_mut(&self.id).and_then(|c| c.export.take());
+        let bound = self.shared.conns().live.get_mut(&self.id).and_then(|c| c.bound.take());
         // First out of the export, then out of the table: who sees no clients finds no export in use.
-        if let Some(export) = export {
-            export.unbind();
+        if let Some(bound) = bound {
+            bound.export.unbind();
         }
         let mut conns = self.shared.conns();
         conns.live.remove(&self.id);
@@ -420,17 +441,17 @@ async fn client(place: Place, stream: Socket) {
     let shared: Arc<Shared> = place.shared.clone();
     let limit = u64::from(shared.config.handshake_seconds) * 1_000_000_000;
     let entered = connection::negotiate(&stream, &*shared, limit, |name| place.bind(name)).await;
-    let Some(Entered { negotiated, input, bound: export }) = entered else { return };
+    let Some(Entered { negotiated, input, bound }) = entered else { return };
     let core = Core::current();
-    match export.core().filter(|c| *c != core.index) {
-        None => serve(place, stream, &export, &negotiated, input).await,
+    match bound.export.core().filter(|c| *c != core.index) {
+        None => serve(place, stream, bound, &negotiated, input).await,
         Some(target) => {
             // Nothing is in flight on the socket now; what has been received beyond the option phase goes along.
             let ahead = input.into_bytes();
             let rest = move || -> LocalFuture<'static, ()> {
                 Box::pin(async move {
                     let input = Input::with(stream.clone(), &ahead);
-                    serve(place, stream, &export, &negotiated, input).await;
+                    serve(place, stream, bound, &negotiated, input).await;
                 })
             };
             core.call(target, rest).await;
@@ -439,9 +460,9 @@ async fn client(place: Place, stream: Socket) {
 }
 
 /// The transmission phase of a client, on this core. Its place in the table is given up at the end.
-async fn serve(place: Place, stream: Socket, export: &NbdExport, negotiated: &Negotiated, input: Input) {
+async fn serve(place: Place, stream: Socket, bound: Bound, negotiated: &Negotiated, input: Input) {
     let session = Session::new(negotiated);
-    let client = connection::client(stream, export.root(), export.writethrough());
+    let client = connection::client(stream, bound.party, bound.export.writethrough());
     connection::transmit(client, session, input).await;
     drop(place);
 }

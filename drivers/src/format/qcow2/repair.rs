@@ -249,7 +249,7 @@ async fn flags(
             continue;
         }
         let what = format!("L2 cluster: l1_index={i} l1_entry");
-        count(flag(check, fix, pass, entry, l2, &what, said));
+        count(flag(check, fix, pass, entry, Some(l2), &what, said));
         if !seen.insert(l2) {
             continue;
         }
@@ -257,7 +257,8 @@ async fn flags(
         let mut changed = (0, 0);
         for word in words.iter_mut().step_by(step) {
             let Some(at) = copied_matters(*word) else { continue };
-            let (clear, set) = flag(check, fix, pass, word, at, DATA, said);
+            let at = Some(at).filter(|_| !check.format.external_data);
+            let (clear, set) = flag(check, fix, pass, word, at, "data cluster: l2_entry", said);
             changed = (changed.0 + clear, changed.1 + set);
         }
         count(changed);
@@ -272,10 +273,8 @@ async fn flags(
     Ok(sum)
 }
 
-/// An L2 entry, for messages. With an external data file its cluster has no refcount, and counts as 1.
-const DATA: &str = "data cluster: l2_entry";
-
-/// One flag of one entry that names the cluster at `at`: (1, 0) if it is to be cleared, (0, 1) if it is to be set.
+/// One flag of one entry: (1, 0) if it is to be cleared, (0, 1) if it is to be set. The entry names the cluster at `at`, or
+/// one of the external data file, which nobody shares and nothing counts.
 fn flag(
     check: &Check<'_>,
     fix: Repair,
@@ -285,12 +284,11 @@ fn flag(
     what: &str,
     said: &mut Vec<String>,
 ) -> (u64, u64) {
-    let c = (at >> check.g.cluster_bits) as usize;
-    let outside = what == DATA && check.format.external_data;
-    let n = if outside { 1 } else { check.refs.0.get(c).map_or(0, |&n| u64::from(n)) };
+    let c = at.map(|at| (at >> check.g.cluster_bits) as usize);
+    let n = c.map_or(1, |c| check.refs.0.get(c).map_or(0, |&n| u64::from(n)));
     // A counter that stays too low must not be trusted to be 1.
-    let counted = || n > 0 && check.stored.get(c).is_none_or(|&have| have >= n);
-    let low = fix == Repair::Leaks && !outside && !counted();
+    let stored = c.and_then(|c| check.stored.get(c));
+    let low = fix == Repair::Leaks && (n == 0 || stored.is_some_and(|&have| have < n));
     let want = if n == 1 { *word | COPIED } else { *word & !COPIED };
     if low || want == *word {
         return (0, 0);

@@ -23,6 +23,7 @@ use crate::exec;
 use crate::host::{Clock, Host};
 use crate::inbox::CoreShared;
 use crate::pool::Pool;
+use crate::throttle::Groups;
 
 /// Virtual time without a completion after which a run is called stuck, in ns. Periodic timers alone are no progress.
 const PATIENCE: u64 = 1_000_000_000_000;
@@ -87,6 +88,7 @@ impl World {
             host: Host::Sim(disks),
             slots: Mutex::default(),
             listener: Mutex::default(),
+            groups: Groups::default(),
         });
         let made = shared.cores.iter().enumerate().map(|(i, me)| {
             let slot = exec::claim_slot(me.clone()).expect("few worlds at a time");
