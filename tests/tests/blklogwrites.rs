@@ -153,7 +153,7 @@ fn refusals() {
         ",log-sector-size=0",
         ",log-sector-size=16",
         ",log-sector-size=1000",
-        ",log-sector-size=16M",
+        ",log-sector-size=16777216",
         ",log-super-update-interval=0",
         ",log-append=on,log-sector-size=512",
     ] {

@@ -33,7 +33,7 @@ const ADVERSARIES: &[Adversary] = &[
     adversary("crash", "mutants", 0, None),
     adversary("crash", "agree", 2_000, Some(20_000)),
     adversary("crash", "seeds", 100, None),
-    adversary("crash", "log", 12, Some(1_000)),
+    adversary("crash", "log", 40, Some(1_000)),
     adversary("adversary", "faults", 5_000, None),
     adversary("adversary", "linear", 1_000_000, Some(100_000_000)),
     adversary("adversary", "model", 0, None),

@@ -16,10 +16,12 @@ mod replay;
 use std::path::Path;
 
 use ringblock_checker::Checker;
+use ringblock_engine::host::sim::Event;
 
 use crate::args::Args;
 use crate::enumerate::{Budget, Tally, enumerate};
 use crate::judge::{Bad, Contract, Good, Judge, State};
+use crate::record::Recording;
 
 /// Fewer states at each moment than of simulated runs, which cost nothing to make: all moments of a run are to be seen.
 fn budget(seed: u64, args: &Args) -> Budget {
@@ -73,6 +75,10 @@ fn runs(args: &Args) -> Result<bool, String> {
             println!("run {seed}, state {spot}: {bad}");
             print!("{}", crate::spot::describe(&run.recording, spot));
         }
+        if logs == 0 && forgetful(&run.recording, seed).is_good() {
+            println!("run {seed}: nothing was found on a disk that ignores flushes");
+            broken += 1;
+        }
         logs += 1;
         entries += run.log.items.len();
         flushes += run.log.flushes();
@@ -88,6 +94,13 @@ fn runs(args: &Args) -> Result<bool, String> {
         all.distinct, all.corrupt, all.lost, all.alien
     );
     Ok(all.is_good() && broken == 0 && logs > 0)
+}
+
+/// What is found if the same run's disk had ignored all flushes: the judges must see that.
+fn forgetful(recording: &Recording, seed: u64) -> Tally {
+    let mut recording = recording.clone();
+    recording.events.retain(|e| !matches!(e, Event::FlushSubmitted { .. } | Event::FlushCompleted { .. }));
+    enumerate(&recording, &Budget { first: true, ..Budget::quick(seed) }, &mut Contract::default())
 }
 
 /// A log that is there.
