@@ -15,7 +15,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::ExitStatus;
+use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
 /// Notices every open of a file in some folders (not of `O_PATH`, which opens nothing).
@@ -98,9 +98,9 @@ pub struct Ended {
     pub late: bool,
 }
 
-/// Waits for a child that nobody else waits for; kills it after `limit`.
-pub fn reap(pid: u32, limit: Duration) -> Result<Ended, Errno> {
-    let pid = i32::try_from(pid).map_err(|_| Errno::EINVAL)?;
+/// Waits for a child; kills it after `limit`.
+pub fn reap(child: Child, limit: Duration) -> Result<Ended, Errno> {
+    let pid = i32::try_from(child.id()).map_err(|_| Errno::EINVAL)?;
     let (start, mut late, mut pause) = (Instant::now(), false, Duration::from_micros(100));
     loop {
         let mut status = 0;
@@ -145,14 +145,14 @@ mod tests {
         let mut run = |line: &str, path: &Path| {
             let child =
                 Command::new(line).arg(path).stdout(std::process::Stdio::null()).spawn().expect("spawn");
-            let ended = reap(child.id(), Duration::from_secs(20)).expect("reap");
+            let ended = reap(child, Duration::from_secs(20)).expect("reap");
             assert!(ended.status.success() && !ended.late && ended.peak > 4096);
             opens.take().expect("events")
         };
         assert_eq!(run("cat", &a), BTreeSet::from([a.clone()]));
         assert_eq!(run("stat", &b), BTreeSet::new());
         let child = Command::new("sleep").arg("100").spawn().expect("spawn");
-        let ended = reap(child.id(), Duration::from_millis(20)).expect("reap");
+        let ended = reap(child, Duration::from_millis(20)).expect("reap");
         assert!(ended.late && ended.status.signal() == Some(libc::SIGKILL));
     }
 }

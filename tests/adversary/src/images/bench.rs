@@ -15,7 +15,7 @@ use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::{Duration, Instant};
 
 use ringblock_engine::host::linux::extent::{ExtentKind, extent_at};
@@ -139,12 +139,12 @@ impl Bench {
         self.opens.take().map_err(|e| format!("inotify: {e}"))?;
         let (began, stalled) = (Instant::now(), stalled());
         let child = command.spawn().map_err(told)?;
-        Ok(Started { pid: child.id(), began, stalled, patience: PATIENCE })
+        Ok(Started { child, began, stalled, patience: PATIENCE })
     }
 
     /// Waits for its end.
     pub(super) fn end(&mut self, started: Started) -> Result<Done, String> {
-        let ended = reap(started.pid, started.patience).map_err(|e| format!("wait: {e}"))?;
+        let ended = reap(started.child, started.patience).map_err(|e| format!("wait: {e}"))?;
         let (wall, stall) = (started.began.elapsed(), stalled().saturating_sub(started.stalled));
         let opened = self.opens.take().map_err(|e| format!("inotify: {e}"))?;
         let text = |name: &str| {
@@ -182,7 +182,7 @@ impl Bench {
 
 /// A program that runs.
 pub(super) struct Started {
-    pub(super) pid: u32,
+    child: Child,
     began: Instant,
     stalled: Duration,
     patience: Duration,
@@ -194,6 +194,13 @@ pub(super) fn stalled() -> Duration {
     let total =
         text.lines().next().and_then(|l| l.rsplit_once("total=")).and_then(|(_, n)| n.trim().parse().ok());
     Duration::from_micros(total.unwrap_or(0))
+}
+
+impl Started {
+    /// Its process id.
+    pub(super) fn pid(&self) -> u32 {
+        self.child.id()
+    }
 }
 
 /// The path that a line of strace says was opened, for use and with success.

@@ -117,7 +117,7 @@ impl Forge {
 
     /// Bytes of the virtual disk.
     pub(super) fn disk_size(&self) -> u64 {
-        let table = (1u64 << self.bits) / self.entry_size() << self.bits;
+        let table = ((1u64 << self.bits) / self.entry_size()) << self.bits;
         (table + table / 2).min(4 << 20)
     }
 

@@ -185,7 +185,7 @@ fn worker(
         let i = next.fetch_add(1, Ordering::Relaxed) as usize;
         let Some(case) = cases.get(i).filter(|_| !args.is_over()) else { return Ok(()) };
         let case = case.make(&bench.ground);
-        let trace = case.traced || (every > 0 && i % every == 0);
+        let trace = case.traced || (every > 0 && i.is_multiple_of(every));
         let seen = trial::run(&case, &mut bench, &usual, trace)?;
         let mut s = lock(sum);
         s.files += 1;

@@ -111,7 +111,7 @@ fn fans(out: &mut Vec<Named>) {
             let behind = image.bytes.len() as u64;
             let tables = behind + u64::from(count) * 48;
             let tables = tables.next_multiple_of(4096);
-            let mut one = vec![0; 48];
+            let mut one = [0; 48];
             one[..8].copy_from_slice(&tables.to_be_bytes());
             one[8..12].copy_from_slice(&l1.to_be_bytes());
             one[13] = 1;
@@ -130,7 +130,7 @@ fn fans(out: &mut Vec<Named>) {
         add(out, format!("fan/bitmaps-{what}"), move |name| {
             let mut image = Forge::new(12).build();
             let behind = image.bytes.len() as u64;
-            let mut one = vec![0; 32];
+            let mut one = [0; 32];
             let tables = (behind + count * 32).next_multiple_of(4096);
             one[..8].copy_from_slice(&tables.to_be_bytes());
             one[8..12].copy_from_slice(&table.to_be_bytes());
@@ -263,8 +263,7 @@ fn bombs(out: &mut Vec<Named>) {
                     let image = forge().build();
                     let at =
                         if what == "end" { (forge::CLUSTERS << bits) - 512 } else { forge::PACKED << bits };
-                    let word =
-                        forge::descriptor(bits, at, 1 << bits) | add_to & !(1 << 63) | (add_to & COPIED);
+                    let word = forge::descriptor(bits, at, 1 << bits) | add_to;
                     Case::qcow2(name, image.with("l2-1", word).bytes)
                 });
             }

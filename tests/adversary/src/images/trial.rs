@@ -313,7 +313,7 @@ fn execute(step: &Step, bench: &mut Bench) -> Result<Done, String> {
     }
     let started = bench.start(&step.cmd)?;
     let (began, before) = (Instant::now(), stalled());
-    while !pid.exists() && !over(started.pid) && began.elapsed() < 4 * TIME {
+    while !pid.exists() && !over(started.pid()) && began.elapsed() < 4 * TIME {
         std::thread::sleep(Duration::from_micros(500));
     }
     let opening = began.elapsed();
@@ -321,7 +321,7 @@ fn execute(step: &Step, bench: &mut Bench) -> Result<Done, String> {
     if pid.exists() {
         // whatever it answers: what counts is how it behaves
         let _ = visit(&socket.to_string_lossy(), step.writes);
-        let _ = std::process::Command::new("kill").args(["-TERM", &started.pid.to_string()]).status();
+        let _ = std::process::Command::new("kill").args(["-TERM", &started.pid().to_string()]).status();
     }
     let mut done = bench.end(started)?;
     (done.wall, done.stall) = (opening, stall);
