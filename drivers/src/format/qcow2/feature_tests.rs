@@ -18,9 +18,10 @@ use super::testkit::{Random, Scratch, qemu_img, qemu_io};
 #[test]
 fn a_flag_alone_is_no_table() {
     let (engine, dir) = (start(1), Scratch::new());
-    let image =
-        make(&dir, "a.qcow2", &CreateOptions { size: 256 << 10, cluster_size: 4096, ..Default::default() });
-    let header = super::header::Header::parse(&image.writes().next().unwrap().1).unwrap();
+    let options = CreateOptions { size: 256 << 10, cluster_size: 4096, ..Default::default() };
+    make(&dir, "a.qcow2", &options);
+    let bytes = std::fs::read(dir.path("a.qcow2")).unwrap();
+    let header = super::header::Header::parse(&bytes[..4096]).unwrap();
     let file = std::fs::OpenOptions::new().write(true).open(dir.path("a.qcow2")).unwrap();
     file.write_all_at(&super::entry::COPIED.to_be_bytes(), header.l1_offset.0).unwrap();
     let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
