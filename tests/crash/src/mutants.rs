@@ -33,7 +33,7 @@ const PLACES: &[(&str, &str)] = &[
     ("copy-tail", "backed"),
     ("close-flushes", "brief"),
     ("zero-fill", "holes"),
-    ("new-table-content", "holes"),
+    ("new-table-content", "worn"),
     ("fresh-behind-end", "holes"),
     ("fresh-moves-on", "gaps"),
     ("evicted-block", "wide"),

@@ -20,7 +20,7 @@ fn compare(plan: &Plan) -> Result<usize, String> {
 
 /// `crash seeds`.
 pub fn seeds(args: &[String]) -> bool {
-    usage(Args::parse(args, 100).and_then(|args| {
+    usage(Args::parse(args, 100).map(|args| {
         let cases = cases();
         let (mut same, mut events) = (0, 0);
         for i in 0..args.count {
@@ -31,6 +31,6 @@ pub fn seeds(args: &[String]) -> bool {
             }
         }
         println!("proof: seeds replayed: {same} of {} identical; {events} events compared", args.count);
-        Ok(same == args.count)
+        same == args.count
     }))
 }
