@@ -212,7 +212,7 @@ pub fn cases() -> Vec<Case> {
     let data = |c: &mut Case| c.options.data_file = Some("data".into());
     let old = |c: &mut Case| c.options.version = 2;
     // what was freed is still there
-    let keep = |c: &mut Case| c.more = json!({"discard": "ignore"});
+    let keep = |c: &mut Case| c.more = json!({"pass-discard-request": false});
     let wide = |c: &mut Case| c.options.refcount_bits = 64;
     vec![
         Case::new("512", 512, 40 << 10).with(|c| {

@@ -130,16 +130,18 @@ impl Craft {
         }
     }
 
-    /// Whatever the refcount table can count has leaked, except for the last `free` clusters.
+    /// Whatever the refcount table can count has leaked, except for the last `free` clusters. What nobody may see is in all
+    /// of them.
     pub(crate) fn worn(mut self, free: u64) -> Craft {
         let (_, per) = self.counters();
         let cluster = self.cluster();
         let blocks = u64::from(self.header.reftable_clusters) * cluster / 8;
-        self.bytes.resize(((blocks * per - free) * cluster) as usize, 0);
+        self.bytes.resize((blocks * per * cluster) as usize, 0xba);
         for i in 0..blocks {
             if self.get(self.header.reftable_offset + 8 * i) == 0 {
                 let block = i * per * cluster;
                 self.put(self.header.reftable_offset + 8 * i, &block.to_be_bytes());
+                self.bytes[block as usize..(block + cluster) as usize].fill(0);
             }
         }
         for c in (0..blocks * per - free).rev() {

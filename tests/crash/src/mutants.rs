@@ -33,7 +33,7 @@ const PLACES: &[(&str, &str)] = &[
     ("copy-tail", "backed"),
     ("close-flushes", "brief"),
     ("zero-fill", "holes"),
-    ("new-table-content", "holes"),
+    ("new-table-content", "worn"),
     ("fresh-behind-end", "holes"),
     ("fresh-moves-on", "gaps"),
     ("evicted-block", "wide"),
@@ -52,7 +52,7 @@ const PLACES: &[(&str, &str)] = &[
     ("rebuild-barrier", "uncounted"),
     ("repair-barrier", "miscounted"),
     ("pin-reads", "churn"),
-    ("pin-writes", "churn"),
+    ("pin-writes", "in place"),
     ("serial-tick", "blocks"),
     ("serial-wait", "blocks"),
     ("rmw-read-error", "failing blocks"),
@@ -64,7 +64,7 @@ const ELSEWHERE: &str = "plain";
 
 /// Runs for one mutant, and time, at most.
 const RUNS: u64 = 20_000;
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(240);
 /// Runs of each scenario without a mutant.
 const CLEAN_RUNS: u64 = 12;
 

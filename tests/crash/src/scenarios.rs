@@ -51,6 +51,7 @@ pub const SCENARIOS: &[Scenario] = &[
     scenario("operations", &["512", "2k", "backed-4k"], &[Work::Operations], contract, 4000),
     scenario("packed", &["holes-2k"], &[Work::Packed], contract, 1000),
     scenario("churn", &["holes-2k"], CHURN, contract, 60),
+    scenario("in place", &["holes"], CHURN, contract, 4),
     scenario("stalls", &["512", "1k", "2k"], CHURN, contract, 100),
     scenario("holes", &["holes-2k", "holes"], GUESTS, contract, 2000),
     scenario("gaps", &["gaps"], GUESTS, contract, 2000),
