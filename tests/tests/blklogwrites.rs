@@ -225,7 +225,8 @@ fn in_the_daemon() {
     let mut file = std::fs::read(dir.file("d.qcow2")).expect("the image");
     let mut replayed = replay(base, &log, 512);
     let len = file.len().max(replayed.len());
-    (file.resize(len, 0), replayed.resize(len, 0));
+    file.resize(len, 0);
+    replayed.resize(len, 0);
     assert!(file == replayed, "everything was flushed, so the log has everything");
     std::fs::write(dir.file("replayed"), &replayed).expect("a file");
     tools::qemu_img().args(["check", "-q", "-f", "qcow2", &dir.file("replayed")]).ok();
