@@ -350,7 +350,7 @@ pub struct Limits {
     pub zero_alignment: u32,
     /// See `zero_alignment`.
     pub max_zero: u64,
-    /// For [`Kind::Full`]: `Discard` works on multiples of this, and on `max_discard` bytes at most (0: no bound).
+    /// For [`Kind::Full`]: `Discard` likes multiples of this best (what is left over comes apart), and gets `max_discard` bytes at most (0: no bound).
     pub discard_alignment: u32,
     /// See `discard_alignment`.
     pub max_discard: u64,

@@ -93,6 +93,15 @@ fn resume(session: &Session, p: &Parsed) -> bool {
     done(with(session, |node| node.resume(word(p, 0))), "Could not resume request")
 }
 
+/// At the end of the run nobody is left to resume what is held up.
+pub(super) fn let_go(session: &Session) {
+    // nothing to do where nothing listens
+    let _ = with(session, |node| {
+        node.remove_all_breaks();
+        Ok(())
+    });
+}
+
 async fn wait(session: &mut Session, p: Parsed) -> bool {
     let driver = match listener(session) {
         Ok(driver) => driver,

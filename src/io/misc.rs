@@ -150,8 +150,7 @@ async fn map(session: &mut Session) -> bool {
         let (is, n) = match allocated(session, at, size).await {
             Ok(found) => found,
             Err(e) => {
-                out(&format!("Failed to get allocation status: {e}\n"));
-                return false;
+                return complain(session, format!("Failed to get allocation status: {e}"));
             }
         };
         let word = if is { "    allocated" } else { "not allocated" };

@@ -104,9 +104,13 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
         Box::pin(async move {
             let mut session = Session::new(tool.clone());
             if let Some(name) = how.name.clone() {
+                let by_options = how.image_opts;
                 let opened = session.open(how).await;
                 let opened = opened.map_err(|e| crate::tool::image::lock_hint(e, &name));
-                opened.map_err(|e| Fail::from(can_not_open(&name, &e.message)))?;
+                opened.map_err(|e| match by_options {
+                    true => Fail::from(format!("can't open: {}", e.message)),
+                    false => Fail::from(can_not_open(&name, &e.message)),
+                })?;
             }
             let failed = if commands.is_empty() {
                 interactive(&mut session).await
@@ -121,6 +125,7 @@ fn run(tool: &Tool, parsed: getopt::Parsed) -> Outcome {
                 }
                 failed
             };
+            breaks::let_go(&session);
             session.wait_all().await;
             session.close().await?;
             Ok(i32::from(failed || found_mismatch()))

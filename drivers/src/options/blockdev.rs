@@ -292,7 +292,7 @@ crate::qapi! {
         opt_write_zero: Option<Size> = "opt-write-zero",
         /// Most bytes of a write of zeroes.
         max_write_zero: Option<Size> = "max-write-zero",
-        /// Alignment that discards must have.
+        /// Alignment that discards have where they can.
         opt_discard: Option<Size> = "opt-discard",
         /// Most bytes of a discard.
         max_discard: Option<Size> = "max-discard",

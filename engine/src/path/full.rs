@@ -291,15 +291,17 @@ async fn write_zeroes(view: &NodeView, range: Range<u64>) -> Result<(), Errno> {
     Ok(())
 }
 
-/// Advice that a range is not needed: what is not whole pieces for the driver is left alone.
+/// Advice that a range is not needed: what is not whole blocks is left alone, and what is not whole units comes apart from
+/// what is.
 pub(super) async fn discard(view: &NodeView, range: Range<u64>) -> Result<(), Errno> {
     let limits = view.driver.limits();
     let unit = limits.discard_alignment.max(limits.request_alignment).max(1);
-    let whole = range.start.next_multiple_of(u64::from(unit))..range.end - range.end % u64::from(unit);
+    let align = block(&limits);
+    let whole = range.start.next_multiple_of(align)..range.end - range.end % align;
     if whole.start >= whole.end {
         return Ok(());
     }
-    let _ours = own(view, &whole, block(&limits)).await;
+    let _ours = own(view, &whole, align).await;
     for piece in Pieces::of(whole, unit, limits.max_discard) {
         let (op, offset, len) = (Op::Discard, piece.start, piece.end - piece.start);
         match view.driver.submit(Request { op, offset, len, flags: Flags::NONE, buf: None }).await.0 {
@@ -317,13 +319,15 @@ mod tests {
     /// Goal: pieces cover the range, keep to the alignment where they can, and to the bound. Method: a table.
     #[test]
     fn pieces() {
-        let of = |range, align, most| Pieces::of(range, align, most).collect::<Vec<_>>();
-        assert_eq!(of(0..10, 1, 0), [0..10]);
-        assert_eq!(of(0..10, 1, 4), [0..4, 4..8, 8..10]);
-        assert_eq!(of(3..21, 8, 0), [3..8, 8..16, 16..21]);
-        assert_eq!(of(8..40, 8, 16), [8..24, 24..40]);
-        assert_eq!(of(9..12, 8, 16), [9..12]);
-        assert_eq!(of(8..40, 8, 20), [8..24, 24..40]);
+        let of = |range: std::ops::Range<u64>, align, most| {
+            Pieces::of(range, align, most).map(|p| (p.start, p.end)).collect::<Vec<_>>()
+        };
+        assert_eq!(of(0..10, 1, 0), [(0, 10)]);
+        assert_eq!(of(0..10, 1, 4), [(0, 4), (4, 8), (8, 10)]);
+        assert_eq!(of(3..21, 8, 0), [(3, 8), (8, 16), (16, 21)]);
+        assert_eq!(of(8..40, 8, 16), [(8, 24), (24, 40)]);
+        assert_eq!(of(9..12, 8, 16), [(9, 12)]);
+        assert_eq!(of(8..40, 8, 20), [(8, 24), (24, 40)]);
         assert_eq!(of(5..5, 8, 20), []);
     }
 }

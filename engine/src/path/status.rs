@@ -143,19 +143,27 @@ pub(crate) async fn status_above(
     }
 }
 
-/// What shows through where a node has nothing. A filter has what its child has, and nothing of its own.
+/// What shows through where a node has nothing. A filter has what its child has, and so has a window on another node.
 fn below(core: &Core, view: &Arc<NodeView>, range: &Range<u64>) -> Option<(NodeId, u64)> {
-    let mut view = view.clone();
-    while let Some(child) = view.filtered {
-        view = core.view.borrow().node(child).ok()?.clone();
-    }
-    let Kind::Map(map) = view.driver.kind() else {
-        return None;
-    };
-    let mut out = Extents::new();
-    map.lookup(Access::Status, range.clone(), &mut out);
-    match out.as_slice().first()?.target {
-        Target::Below { child, off } => Some((view.child(child).ok()?, off)),
-        _ => None,
+    let (mut view, mut range) = (view.clone(), range.clone());
+    loop {
+        if let Some(child) = view.filtered {
+            view = core.view.borrow().node(child).ok()?.clone();
+            continue;
+        }
+        let Kind::Map(map) = view.driver.kind() else {
+            return None;
+        };
+        let mut out = Extents::new();
+        map.lookup(Access::Status, range.clone(), &mut out);
+        let next = match out.as_slice().first()?.target {
+            Target::Below { child, off } => return Some((view.child(child).ok()?, off)),
+            Target::Data { child, off } if !view.has_owner => {
+                range = off..off + (range.end - range.start);
+                view.child(child).ok()?
+            }
+            _ => return None,
+        };
+        view = core.view.borrow().node(next).ok()?.clone();
     }
 }

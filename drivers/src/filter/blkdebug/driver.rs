@@ -18,6 +18,7 @@ use ringblock_engine::path::Child;
 use std::any::Any;
 use std::future::poll_fn;
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::task::Poll;
 
@@ -34,6 +35,9 @@ pub struct Blkdebug {
     rules: Mutex<Rules>,
     /// Told when a request is held up or goes on.
     listener: Mutex<Option<Listener>>,
+    /// Changes that were made, and those of them that a flush has covered: a flush of nothing is nobody's error.
+    changes: AtomicU64,
+    flushed: AtomicU64,
 }
 
 /// What opens a node.
@@ -61,7 +65,14 @@ async fn open(cx: OpenCx, options: BlockdevOptionsBlkdebug, image: ChildSpec) ->
     let limits = limits(&options, &image.limits()?)?;
     rules.event(DebugEvent::None);
     let config = Config { options, limits };
-    let driver = Blkdebug { config, image, rules: Mutex::new(rules), listener: Mutex::default() };
+    let driver = Blkdebug {
+        config,
+        image,
+        rules: Mutex::new(rules),
+        listener: Mutex::default(),
+        changes: AtomicU64::new(0),
+        flushed: AtomicU64::new(0),
+    };
     Ok(Opened { driver: Arc::new(driver), owner: None })
 }
 
@@ -131,6 +142,36 @@ impl Blkdebug {
         Err(errno)
     }
 
+    /// A flush: rules are asked only if something was changed since the last.
+    async fn flush(&self) -> Result<(), Errno> {
+        let changes = self.changes.load(Ordering::Acquire);
+        if changes != self.flushed.load(Ordering::Acquire) {
+            self.check(BlkdebugIOType::Flush, 0, 0).await?;
+        }
+        self.image.flush().await?;
+        self.flushed.fetch_max(changes, Ordering::AcqRel);
+        Ok(())
+    }
+
+    /// Any other request.
+    async fn request(&self, req: Request) -> (Result<(), Errno>, Request) {
+        let op = req.op;
+        if let Err(e) = self.check(kind_of(op), req.offset, req.len).await {
+            return (Err(e), req);
+        }
+        let done = pass(&self.image, req).await;
+        if matches!(op, Op::Write | Op::WriteZeroes | Op::Discard) {
+            self.changes.fetch_add(1, Ordering::AcqRel);
+        }
+        done
+    }
+
+    async fn resize(&self, size: u64, prealloc: Preallocation) -> Result<(), Error> {
+        let done = self.image.truncate(size, prealloc).await;
+        self.changes.fetch_add(1, Ordering::AcqRel);
+        done
+    }
+
     fn note(&self, note: Note<'_>) {
         let listener = self.listener.lock().unwrap_or_else(|e| e.into_inner()).clone();
         if let Some(tell) = listener {
@@ -165,6 +206,14 @@ impl Blkdebug {
         let found = self.rules().remove_break(tag);
         while self.resume(tag).is_ok() {}
         if found { Ok(()) } else { Err(Errno::ENOENT) }
+    }
+
+    /// Removes every breakpoint and lets go whoever is held.
+    pub fn remove_all_breaks(&self) {
+        let held = self.rules().remove_all_breaks();
+        for tag in held {
+            self.note(Note::Resuming(&tag));
+        }
     }
 
     /// Lets a request go on. `ENOENT` if none is held at this tag.
@@ -264,9 +313,9 @@ impl Driver for Blkdebug {
 
     fn submit(&self, req: Request) -> LocalFuture<'_, (Result<(), Errno>, Request)> {
         Box::pin(async move {
-            match self.check(kind_of(req.op), req.offset, req.len).await {
-                Ok(()) => pass(&self.image, req).await,
-                Err(e) => (Err(e), req),
+            match req.op {
+                Op::Flush => (self.flush().await, req),
+                _ => self.request(req).await,
             }
         })
     }
@@ -283,7 +332,7 @@ impl Driver for Blkdebug {
     }
 
     fn truncate(&self, size: u64, prealloc: Preallocation) -> LocalFuture<'_, Result<(), Error>> {
-        Box::pin(self.image.truncate(size, prealloc))
+        Box::pin(self.resize(size, prealloc))
     }
 
     /// `blkdebug:CONFIG:IMAGE` where that says it all, otherwise the options.

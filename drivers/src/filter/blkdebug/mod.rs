@@ -1,7 +1,7 @@
 //! `blkdebug`: a filter that makes chosen requests fail, or hold, at chosen points of its parent's work.
 //!
 //! Rules are given as options, in a config file, or, for breakpoints, by `io`. An event that a parent raises
-//! ([`DebugEvent`]) puts the rules that name it into force; requests that reach the node are then tried against the rules in
+//! ([`DebugEvent`](ringblock_engine::debug::DebugEvent)) puts the rules that name it into force; requests that reach the node are then tried against the rules in
 //! force. The filter can also claim to have other limits than its child, to show that parents keep to them.
 //!
 //! ```text

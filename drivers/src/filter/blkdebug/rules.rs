@@ -149,6 +149,18 @@ impl Rules {
         self.rules.len() < before || self.is_suspended(tag)
     }
 
+    /// Removes all breakpoints and lets everyone go; their tags.
+    pub(super) fn remove_all_breaks(&mut self) -> Vec<String> {
+        self.rules.retain(|(_, r)| !matches!(r.action, Action::Break(_)));
+        let let_go = |h: Held| {
+            if let Some(waker) = h.waker {
+                waker.wake();
+            }
+            h.tag
+        };
+        self.held.drain(..).map(let_go).collect()
+    }
+
     /// Lets one go that is held at a tag, the latest first; false if none is.
     pub(super) fn resume(&mut self, tag: &str) -> bool {
         let Some(at) = self.held.iter().rposition(|h| h.tag == tag) else { return false };

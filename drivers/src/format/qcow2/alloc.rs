@@ -178,18 +178,20 @@ impl Image {
         if g.host_offset(HostCluster(first.0 + blocks * g.refblock_entries())).0 > HOST_OFFSET_LIMIT {
             return Err(Errno::EFBIG);
         }
+        let entries = self.refcounts.table.len();
         self.refcounts.grow_table(clusters);
-        let table_at = self.place_table(turn, first, clusters).await?;
-        self.event(DebugEvent::RefblockAllocWriteBlocks).await;
-        if !mutant!("grown-table-counters") {
-            self.refcounts.write_dirty(turn).await?;
-        }
-        let bytes = self.refcounts.table.encode_all((clusters * g.cluster_size()) as usize);
-        self.event(DebugEvent::RefblockAllocWriteTable).await;
-        self.file.write(g.host_offset(table_at).0, bytes).await?;
-        if !mutant!("grown-table-barrier") {
-            self.barrier().await?;
-        }
+        let table_at = match self.write_grown_table(turn, first, clusters).await {
+            Ok(at) => at,
+            Err(e) => {
+                // the table on the disk is the old one: entries behind its end would be written over something else
+                self.refcounts.shrink_table(entries);
+                let end = first.0 + blocks * g.refblock_entries();
+                self.metadata.borrow_mut().retain(|c| !(first.0..end).contains(c));
+                let mut alloc = self.alloc.borrow_mut();
+                alloc.fresh = alloc.fresh.max(end);
+                return Err(e);
+            }
+        };
         self.event(DebugEvent::RefblockAllocSwitchTable).await;
         {
             let mut h = self.header.borrow_mut();
@@ -214,6 +216,28 @@ impl Image {
         }
         self.limbo.borrow_mut().durable(old, old_clusters);
         Ok(())
+    }
+
+    /// Writes the grown table and the blocks that it needs to where nothing is yet, and makes them durable.
+    async fn write_grown_table(
+        self: &Rc<Self>,
+        turn: &Turn<'_>,
+        first: HostCluster,
+        clusters: u64,
+    ) -> Result<HostCluster, Errno> {
+        let g = self.geometry;
+        let table_at = self.place_table(turn, first, clusters).await?;
+        self.event(DebugEvent::RefblockAllocWriteBlocks).await;
+        if !mutant!("grown-table-counters") {
+            self.refcounts.write_dirty(turn).await?;
+        }
+        let bytes = self.refcounts.table.encode_all((clusters * g.cluster_size()) as usize);
+        self.event(DebugEvent::RefblockAllocWriteTable).await;
+        self.file.write(g.host_offset(table_at).0, bytes).await?;
+        if !mutant!("grown-table-barrier") {
+            self.barrier().await?;
+        }
+        Ok(table_at)
     }
 
     /// Counts `clusters` clusters for a table from `first` on, making blocks on the way. Returns where the table goes.

@@ -274,6 +274,12 @@ impl Refcounts {
         (need * g.cluster_size() <= MAX_REFTABLE_BYTES).then_some(need)
     }
 
+    /// Takes back what [`Refcounts::grow_table`] added, and the blocks made for it.
+    pub(super) fn shrink_table(&self, entries: usize) {
+        self.table.resize(entries);
+        self.blocks.borrow_mut().retain(|i, _| i.at() < entries);
+    }
+
     /// Lengthens the table in memory to `clusters` clusters.
     pub(super) fn grow_table(&self, clusters: u64) {
         self.table.resize(self.entries(clusters));

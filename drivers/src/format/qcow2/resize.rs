@@ -255,7 +255,11 @@ impl Image {
             self.header.borrow_mut().size = old;
         })?;
         self.shared.set_size(size);
-        self.drop_behind(size).await
+        self.drop_behind(size).await?;
+        self.event(DebugEvent::L1ShrinkWriteTable).await;
+        self.write_back().await?;
+        self.event(DebugEvent::L1ShrinkFreeL2Clusters).await;
+        Ok(())
     }
 
     /// Unlinks everything behind the end of the disk: clusters, then whole tables.
@@ -278,9 +282,7 @@ impl Image {
                 data.zero(size, end - size, true).await?;
             }
         }
-        self.event(DebugEvent::L1ShrinkFreeL2Clusters).await;
         self.write_back().await?;
-        self.event(DebugEvent::L1ShrinkWriteTable).await;
         self.drop_tables(g.l1_entries_for(size), self.l1.len() as u64).await
     }
 
