@@ -119,7 +119,7 @@ fn in_the_daemon() {
     let error = nbd.read(65536, &mut [0; 8192]).expect_err("they differ");
     assert_eq!(error.raw_os_error(), Some(5));
     let event = qmp.event("BLOCK_IO_ERROR");
-    assert_eq!((&event["data"]["node-name"], &event["data"]["operation"]), (&json!("v"), &json!("read")));
+    assert_eq!((&event["node-name"], &event["operation"]), (&json!("v"), &json!("read")));
     nbd.read(0, &mut [0; 8192]).expect("the rest is the same");
     assert!(daemon.alive());
     assert!(
