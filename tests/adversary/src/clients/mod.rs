@@ -136,7 +136,7 @@ fn session(tcp: bool, count: u64, seed: u64, only: Option<usize>) -> Result<Seen
         let good = scope.spawn(|| good::run(&address, &phase));
         // each attack once: what the server takes for them the first time it may keep
         attack(&address, 2 * ATTACKS.len() as u64, seed ^ 0xaaaa, only);
-        settle(&daemon, 0);
+        settle(&daemon, None);
         let before = held(&daemon);
         let mut faults = Vec::new();
         for round in 0..ROUNDS {
@@ -158,7 +158,7 @@ fn session(tcp: bool, count: u64, seed: u64, only: Option<usize>) -> Result<Seen
         return Err(format!("the server died:\n{}", daemon.log()));
     }
     let latencies = latencies?;
-    settle(&daemon, before.descriptors);
+    settle(&daemon, Some(before));
     let after = held(&daemon);
     // the good client has left
     if after.descriptors > before.descriptors {
@@ -245,17 +245,21 @@ fn held(daemon: &Daemon) -> Held {
     Held { descriptors, memory: pages * 4096 }
 }
 
-/// Waits until the server has let go of those who left: as few descriptors as told, or (0) no fewer than a while ago. Who is in
-/// the option phase may stay there for 10 s.
-fn settle(daemon: &Daemon, descriptors: usize) {
+/// Waits until the server has let go of those who left: it holds no more than told, or (`None`) no fewer descriptors than a while
+/// ago. Who is in the option phase may stay there for 10 s.
+fn settle(daemon: &Daemon, target: Option<Held>) {
     let (mut last, mut since) = (usize::MAX, Instant::now());
     let began = Instant::now();
     while began.elapsed() < Duration::from_secs(30) {
-        let now = held(daemon).descriptors;
-        if now < last {
-            (last, since) = (now, Instant::now());
+        let now = held(daemon);
+        if now.descriptors < last {
+            (last, since) = (now.descriptors, Instant::now());
         }
-        if now <= descriptors || (descriptors == 0 && since.elapsed() > Duration::from_secs(11)) {
+        let over = match target {
+            Some(t) => now.descriptors <= t.descriptors && now.memory <= t.memory + SLACK,
+            None => since.elapsed() > Duration::from_secs(11),
+        };
+        if over {
             return;
         }
         std::thread::sleep(Duration::from_millis(50));
