@@ -1,7 +1,7 @@
 //! Development tasks, run as `cargo xtask TASK`.
 //!
 //! ```text
-//!   test ─► tools: present? install? ─► release build ─► cargo test ─► loom models ─► address sanitizer ─► summary
+//!   test ─► tools: present? install? ─► release build ─► cargo test ─► loom ─► address sanitizer ─► proof ─► summary
 //!   prove, crash, adversary, fuzz ─► the adversaries of VERIFICATION.md, all or one
 //! ```
 //!
@@ -21,9 +21,10 @@ Usage: cargo xtask TASK
 
 Tasks:
   test [STEP...]     install what the tests need, then run every test
-                     steps: tools build tests loom asan (default: all, in this order)
-  prove [--long]     every adversary of VERIFICATION.md; --long takes hours
-  crash ...          one of the crash adversaries: states, replay, mutants, repair, lazy, agree, ...
+                     steps: tools build tests loom asan proof (default: all, in this order)
+  prove [--long] [NAME...]
+                     the adversaries of VERIFICATION.md, all or these; --long takes hours
+  crash ...          one of the crash adversaries: states, replay, mutants, repair, lazy, agree, log, ...
   adversary ...      one of the others: faults, linear, model, images, clients, kill9
   fuzz ...           the fuzz targets under the in-tree mutator
   tools              only check for the programs the tests use, and install what is missing
@@ -34,8 +35,8 @@ fn main() -> ExitCode {
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     match words.as_slice() {
         ["test", wanted @ ..] => steps::test(wanted),
-        ["prove"] => prove::all(false),
-        ["prove", "--long"] => prove::all(true),
+        ["prove", "--long", wanted @ ..] => prove::all(true, wanted),
+        ["prove", wanted @ ..] => prove::all(false, wanted),
         [name @ ("crash" | "adversary" | "fuzz"), rest @ ..] => prove::one(name, rest),
         ["tools"] => steps::test(&["tools"]),
         ["help" | "--help" | "-h"] => {

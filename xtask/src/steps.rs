@@ -25,8 +25,14 @@ pub(crate) struct Counts {
 
 type Step = fn(&Places) -> Result<Counts, String>;
 
-const STEPS: [(&str, Step); 5] =
-    [("tools", tools), ("build", build), ("tests", tests), ("loom", loom), ("asan", asan)];
+const STEPS: [(&str, Step); 6] = [
+    ("tools", tools),
+    ("build", build),
+    ("tests", tests),
+    ("loom", loom),
+    ("asan", asan),
+    ("proof", crate::prove::step),
+];
 
 struct Done {
     name: &'static str,

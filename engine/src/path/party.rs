@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use smallvec::SmallVec;
 
-use super::{Root, Permit};
+use super::{Permit, Root};
 use crate::error::Errno;
 use crate::throttle::Member;
 

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use ringblock_engine::Errno;
 use ringblock_engine::driver::Flags;
 use ringblock_engine::mem::Buf;
-use ringblock_engine::path::{Party, Root, Permit};
+use ringblock_engine::path::{Party, Permit, Root};
 
 use super::flow::Flow;
 use super::handshake::{BASE_ID, Contexts, DEPTH_ID};
