@@ -19,15 +19,16 @@ use ringblock_engine::path::Child;
 use ringblock_engine::units::HostOffset;
 use ringblock_engine::{Errno, Error};
 
-use super::check::{self, Repair};
+use super::check::{self, CheckReport, Repair};
 use super::driver::Qcow2;
-use super::entry::EntryFormat;
+use super::entry::{EntryFormat, OFFSET_MASK};
 use super::geometry::Geometry;
 use super::header::{Header, autoclear, incompatible, peek_cluster_bits};
 use super::io::{EngineRuntime, Store};
 use super::map::Shared;
 use super::options::{Backing, CLEAN_INTERVAL_DEFAULT, NamedInImage, Qcow2Options};
 use super::owner::{Files, Image, Parts, Qcow2Owner, Settings};
+use super::rehearsal::Rehearsal;
 use super::snapshot_table::{self, Parsed, Snapshot};
 
 /// The open function of a qcow2 node.
@@ -64,8 +65,10 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
         table_inside(end, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table")?;
         table_inside(end, header.reftable_offset, 8, "Could not read refcount table")?;
     }
-    let l1 =
+    let mut l1 =
         read_table(&file, header.l1_offset, u64::from(header.l1_size) * 8, "Could not read L1 table").await?;
+    // flags without a table promise one that is not there: writes to it would go over the header
+    l1.iter_mut().filter(|e| **e & OFFSET_MASK == 0).for_each(|e| *e = 0);
     let reftable_bytes = u64::from(header.reftable_clusters) << g.cluster_bits;
     let reftable =
         read_table(&file, header.reftable_offset, reftable_bytes, "Could not read refcount table").await?;
@@ -103,10 +106,15 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     Ok(Opened { driver: Arc::new(driver) as Arc<dyn Driver>, owner: Some(Box::new(owner)) })
 }
 
-/// What a crash left half done is put right before the first write. An image that stays damaged is not written to: its
-/// counters cannot be trusted.
+/// What a crash left half done is put right before the first write. An image that stays damaged is not written to, not even
+/// by the repair: its counters cannot be trusted.
 async fn repair_dirty(file: &dyn Store) -> Result<(), Error> {
-    let report = check::run(file, Repair::All).await?;
+    sound(&check::run(&Rehearsal::of(file)?, Repair::All).await?)?;
+    sound(&check::run(file, Repair::All).await?)
+}
+
+/// Refuses an image that a repair has left damaged.
+fn sound(report: &CheckReport) -> Result<(), Error> {
     match report.corruptions + report.check_errors {
         0 => Ok(()),
         n => Err(Error::io(Errno::EIO, format!("{n} errors remain"))),
