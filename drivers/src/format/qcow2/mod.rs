@@ -48,6 +48,7 @@ pub mod options;
 mod owner;
 pub mod refcount;
 mod refcounts;
+mod rehearsal;
 mod repair;
 mod resize;
 #[cfg(test)]

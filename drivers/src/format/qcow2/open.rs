@@ -20,15 +20,16 @@ use ringblock_engine::path::Child;
 use ringblock_engine::units::HostOffset;
 use ringblock_engine::{Errno, Error};
 
-use super::check::{self, Repair};
+use super::check::{self, CheckReport, Repair};
 use super::driver::Qcow2;
-use super::entry::EntryFormat;
+use super::entry::{EntryFormat, OFFSET_MASK};
 use super::geometry::Geometry;
 use super::header::{Header, autoclear, incompatible, peek_cluster_bits};
 use super::io::{EngineRuntime, Store};
 use super::map::Shared;
 use super::options::{Backing, CLEAN_INTERVAL_DEFAULT, NamedInImage, Qcow2Options};
 use super::owner::{Files, Image, Parts, Qcow2Owner, Settings};
+use super::rehearsal::Rehearsal;
 use super::snapshot_table::{self, Parsed, Snapshot};
 
 /// The open function of a qcow2 node.
@@ -105,10 +106,15 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     Ok(Opened { driver: Arc::new(driver) as Arc<dyn Driver>, owner: Some(Box::new(owner)) })
 }
 
-/// What a crash left half done is put right before the first write. An image that stays damaged is not written to: its
-/// counters cannot be trusted.
+/// What a crash left half done is put right before the first write. An image that stays damaged is not written to, not even
+/// by the repair: its counters cannot be trusted.
 async fn repair_dirty(file: &dyn Store) -> Result<(), Error> {
-    let report = check::run(file, Repair::All).await?;
+    sound(&check::run(&Rehearsal::of(file)?, Repair::All).await?)?;
+    sound(&check::run(file, Repair::All).await?)
+}
+
+/// Refuses an image that a repair has left damaged.
+fn sound(report: &CheckReport) -> Result<(), Error> {
     match report.corruptions - report.incomplete_snapshots + report.check_errors {
         0 => Ok(()),
         n => Err(Error::io(Errno::EIO, format!("{n} errors remain"))),

@@ -253,7 +253,8 @@ mod tests {
     }
 
     /// Goal: what did harm once does none any more. Method: the cases that did: chains whose permissions were worked out over
-    /// and over, tables read as often as they were named, counters for the holes of a file, names that `info` followed.
+    /// and over, tables read as often as they were named, counters for the holes of a file, names that `info` followed,
+    /// flags of a table that is not there, repairs that were given up half-way.
     #[test]
     fn regressions() {
         for name in [
@@ -263,6 +264,10 @@ mod tests {
             "fan/bitmaps-many",
             "sparse/qcow2-9-50",
             "name/backing-guess/json-short",
+            "v3/l1-0=0x8100000000000000",
+            "ext/l1-0=0x8000000000000000",
+            "dirty/bitmap-table-offset=0xd000",
+            "dirty/l1-0",
         ] {
             assert!(run(&["--case", name, "--trace", "0"].map(str::to_owned)), "{name}");
         }
