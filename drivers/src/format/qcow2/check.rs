@@ -132,6 +132,8 @@ pub(super) struct Check<'a> {
     reach: u64,
     /// A table could not be read: what only it uses looks like leaks.
     unknown: bool,
+    /// Something but refcount structures, which a rebuild gives up, lies in the header or in the L1 table.
+    tangled: bool,
 }
 
 /// Checks an image, and repairs it where asked; after a repair it is checked again and the rest is reported.
@@ -141,9 +143,14 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
         first.compare_copied().await?;
         return Ok(first.report);
     }
-    if first.unknown {
+    let refuse = match () {
+        () if first.unknown => Some("a table could not be read"),
+        () if first.tangled => Some("something lies in the header or in the L1 table"),
+        () => None,
+    };
+    if let Some(why) = refuse {
         first.report.check_errors += 1;
-        first.report.say(|| "ERROR a table could not be read: nothing is repaired".to_owned());
+        first.report.say(|| format!("ERROR {why}: nothing is repaired"));
         return Ok(first.report);
     }
     if fix == Repair::Leaks && first.missing {
@@ -213,6 +220,7 @@ impl<'a> Check<'a> {
             highest: 0,
             reach: 0,
             unknown: false,
+            tangled: false,
         };
         check.report.total_clusters = g.clusters_for(check.header.size);
         check.reach = clusters as u64 + repair::longer_max(&g, check.header.size);
@@ -240,6 +248,7 @@ impl<'a> Check<'a> {
             self.count(at.0, len);
         }
         self.count_bitmaps().await?;
+        self.tangled = self.shares_core();
         self.count(h.reftable_offset.0, u64::from(h.reftable_clusters) << self.g.cluster_bits);
         self.count_refblocks();
         Ok(())
@@ -279,6 +288,15 @@ impl<'a> Check<'a> {
             self.count_l1(at, &table, Times { all: times, active: 0 }, tables);
         }
         Ok(())
+    }
+
+    /// Whether something counted so far shares the clusters of the header or of the L1 table: repairing one would damage the other.
+    fn shares_core(&self) -> bool {
+        let bits = self.g.cluster_bits;
+        let l1 = self.header.l1_offset.0 >> bits;
+        let clusters = self.g.clusters_for(self.l1.len() as u64 * 8);
+        let shared = |c: u64| self.refs.0.get(c as usize).is_some_and(|&n| n > 1);
+        shared(0) || (l1..l1.saturating_add(clusters)).any(shared)
     }
 
     /// Adds one reference to each cluster of a byte range.

@@ -32,6 +32,39 @@ fn a_flag_alone_is_no_table() {
     agree(&dir, "after a write", &model);
 }
 
+/// Goal: what was behind the end of a disk does not come back when it grows, not even in a cluster that cannot be changed
+/// where it is. Method: a compressed cluster, and one of a snapshot, with the end moved into it and back.
+#[test]
+fn tails_that_cannot_be_cleared_in_place() {
+    let engine = start(1);
+    for (compressed, opts) in [
+        (true, "cluster_size=4k"),
+        (true, "cluster_size=64k,compression_type=zstd"),
+        (false, "cluster_size=4k"),
+        (false, "cluster_size=64k,extended_l2=on"),
+    ] {
+        let dir = Scratch::new();
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "128k"]);
+        let write = if compressed { "write -c -P 7 64k 64k" } else { "write -P 7 64k 64k" };
+        qemu_io(&dir, &["-f", "qcow2", "-c", write, "a.qcow2"]);
+        if !compressed {
+            qemu_img(&dir, &["snapshot", "-c", "s", "a.qcow2"]);
+        }
+        attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        resize(&engine, (64 << 10) + 512, Preallocation::Off).unwrap();
+        resize(&engine, 128 << 10, Preallocation::Off).unwrap();
+        detach(&engine).unwrap();
+        let mut model = vec![0; 128 << 10];
+        model[64 << 10..(64 << 10) + 512].fill(7);
+        agree(&dir, opts, &model);
+        if !compressed {
+            qemu_img(&dir, &["snapshot", "-a", "s", "a.qcow2"]);
+            model[64 << 10..].fill(7);
+            agree(&dir, opts, &model);
+        }
+    }
+}
+
 /// Half noise, half pattern.
 fn data(len: u64, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);

@@ -22,7 +22,7 @@ use ringblock_engine::{Errno, Error};
 
 use super::check::{self, CheckReport, Repair};
 use super::driver::Qcow2;
-use super::entry::{EntryFormat, OFFSET_MASK};
+use super::entry::EntryFormat;
 use super::geometry::Geometry;
 use super::header::{Header, autoclear, incompatible, peek_cluster_bits};
 use super::io::{EngineRuntime, Store};
