@@ -49,7 +49,7 @@ pub(crate) fn read(files: &Files<'_>, header: &Header, out: &mut Vec<Snapshot>, 
         return report.refuse(Kind::SnapshotTable, start, header.snapshot_count.into());
     }
     if header.snapshot_count > MAX_SNAPSHOTS {
-        return report.corrupt(Kind::SnapshotTable, start, header.snapshot_count.into());
+        return report.refuse(Kind::SnapshotTable, start, header.snapshot_count.into());
     }
     let mut at = start;
     for index in 0..header.snapshot_count {

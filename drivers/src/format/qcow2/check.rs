@@ -77,8 +77,6 @@ pub struct CheckReport {
 /// A refcount that cannot be looked at.
 const UNREADABLE: u64 = u64::MAX;
 
-/// What one pass of a repair puts right may show more: a cluster shared with the old refcount table is shared no longer.
-const PASSES: usize = 4;
 /// Findings beyond this number are counted but not described.
 pub const MESSAGES_MAX: usize = 10_000;
 
@@ -164,25 +162,11 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
     if fix == Repair::All && repair::lengthen(&first, &mut messages).await? {
         first = Check::walk(file).await?;
     }
-    let mut flags = repair::run(&mut first, fix, &mut messages).await?;
+    let flags = repair::run(&mut first, fix, &mut messages).await?;
     // its counters make room for the next ones
     drop(first);
     let mut second = Check::walk(file).await?;
     second.compare_copied().await?;
-    for _ in 1..PASSES {
-        if fix != Repair::All || second.report.is_clean() || second.missing || second.unknown {
-            break;
-        }
-        let left = second.report.leaks + second.report.corruptions;
-        let mut said = Vec::new();
-        flags += repair::run(&mut second, fix, &mut said).await?;
-        second = Check::walk(file).await?;
-        second.compare_copied().await?;
-        messages.append(&mut said);
-        if second.report.leaks + second.report.corruptions >= left {
-            break;
-        }
-    }
     let mut again = second.report;
     let sound = again.corruptions == again.incomplete_snapshots && again.check_errors == 0;
     repair::finish(file, second.header, before, fix, sound).await?;

@@ -51,6 +51,7 @@ async fn open_image(cx: OpenCx, options: Qcow2Options) -> Result<Opened, Error> 
     let file = cx.open_child("file", Role::Image, file).await?;
     let read_only = cx.common.read_only || check;
     let mut header = read_header(&file).await?;
+    refuse_encrypted(&header)?;
     if !check {
         refuse_unusable(&header, read_only)?;
         if !read_only && header.has(incompatible::DIRTY) && !mutant!("dirty-repaired") {
@@ -140,13 +141,18 @@ pub(super) async fn read_header(file: &dyn Store) -> Result<Header, Error> {
     Header::parse(&cluster)
 }
 
+/// Without the key even a check would look at half of it.
+fn refuse_encrypted(header: &Header) -> Result<(), Error> {
+    match header.crypt_method {
+        0 => Ok(()),
+        _ => Err(Error::new(Errno::ENOTSUP, "Encrypted qcow2 images are not supported")),
+    }
+}
+
 /// What keeps an image from being opened, whatever is in its tables.
 fn refuse_unusable(header: &Header, read_only: bool) -> Result<(), Error> {
     if header.has(incompatible::CORRUPT) && !read_only {
         return Err(Error::new(Errno::EACCES, "qcow2: Image is corrupt; cannot be opened read/write"));
-    }
-    if header.crypt_method != 0 {
-        return Err(Error::new(Errno::ENOTSUP, "Encrypted qcow2 images are not supported"));
     }
     if header.reftable_clusters == 0 {
         return Err(Error::invalid("Image does not contain a reference count table"));
