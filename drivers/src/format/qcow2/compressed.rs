@@ -74,6 +74,19 @@ async fn unpack_aside(kind: CompressionType, bytes: Buf, mut cluster: Buf) -> (R
 }
 
 impl Image {
+    /// The content of a compressed cluster.
+    pub(super) async fn unpacked(&self, cookie: u64) -> Result<Buf, Errno> {
+        let Ok(L2Entry::Compressed(packed)) = self.shared.format().decode(RawEntry::from(cookie)) else {
+            return Err(Errno::EIO);
+        };
+        let (result, bytes) = self.file.read(packed.at.0, Buf::new(packed.len as usize)).await;
+        result?;
+        let kind = self.header.borrow().compression;
+        let cluster = Buf::new(self.geometry.cluster_size() as usize);
+        let (result, cluster) = unpack_aside(kind, bytes, cluster).await;
+        result.map(|()| cluster)
+    }
+
     /// Writes one cluster compressed, or as it is where that saves nothing. It must be unallocated.
     pub(super) async fn write_compressed(self: &Rc<Self>, off: u64, data: &[u8]) -> Result<(), Errno> {
         self.writable()?;

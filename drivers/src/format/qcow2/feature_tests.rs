@@ -193,6 +193,44 @@ fn resizing() {
     }
 }
 
+/// Goal: what a shrink cut off reads as zeros after growing again, also in a cluster that cannot be written in place, and a
+/// snapshot keeps it. Method: the end of the disk goes into the middle of a compressed cluster, and of one that is shared.
+#[test]
+fn cut_off_in_a_cluster_that_stays() {
+    let engine = start(1);
+    for (opts, compressed) in [
+        ("cluster_size=4k", true),
+        ("cluster_size=64k", true),
+        ("cluster_size=4k", false),
+        ("extended_l2=on,cluster_size=16k", false),
+    ] {
+        let dir = Scratch::new();
+        qemu_img(&dir, &["create", "-q", "-f", "qcow2", "-o", opts, "a.qcow2", "256k"]);
+        let write = if compressed { "write -c -P 7 0 256k" } else { "write -P 7 0 256k" };
+        qemu_io(&dir, &["-f", "qcow2", "-c", write, "a.qcow2"]);
+        if !compressed {
+            qemu_img(&dir, &["snapshot", "-c", "s", "a.qcow2"]);
+        }
+        let root = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap();
+        for size in [129 << 10, 256 << 10] {
+            resize(&engine, size, Preallocation::Off).unwrap();
+        }
+        let got = engine.run(0, move || Box::pin(read_all(root, 256 << 10, 64 << 10))).unwrap();
+        assert!(got[..129 << 10].iter().all(|&b| b == 7), "{opts}: what stays");
+        assert!(got[129 << 10..].iter().all(|&b| b == 0), "{opts}: what was cut off");
+        detach(&engine).unwrap();
+        let (rc, out, err) = qemu_img(&dir, &["check", "-f", "qcow2", "a.qcow2"]);
+        assert_eq!(rc, 0, "{opts}: {out}{err}");
+        if !compressed {
+            qemu_img(&dir, &["convert", "-f", "qcow2", "-O", "raw", "-l", "s", "a.qcow2", "s.raw"]);
+            assert!(
+                std::fs::read(dir.path("s.raw")).unwrap().iter().all(|&b| b == 7),
+                "{opts}: the snapshot"
+            );
+        }
+    }
+}
+
 /// Goal: growing over a longer backing file does not show its data, and preallocation allocates. Method: a small overlay
 /// on a large base, grown by every mode.
 #[test]

@@ -188,6 +188,11 @@ impl Image {
         }
         let c = g.guest_cluster(GuestOffset(old));
         self.fault(g.slice(c)).await?;
+        if self.is_fixed(c)? {
+            let start = g.guest_offset(c).0;
+            let part = self.read_visible(start..old).await?;
+            return self.store_zero_padded(start, &part).await;
+        }
         self.clear_tail(c, old).await?;
         let Some(below) = self.below.clone().filter(|_| self.shared.has_below()) else { return Ok(()) };
         if below.size()? <= old {
@@ -204,6 +209,45 @@ impl Image {
             self.store_zero_padded(from, &part).await?;
         }
         Ok(())
+    }
+
+    /// Whether nothing may be written where the cluster is, because it is compressed or shared with a snapshot. Its slice is
+    /// in memory.
+    fn is_fixed(self: &Rc<Self>, c: GuestCluster) -> Result<bool, Errno> {
+        let Place::Frame(frame) = self.shared.place(self.geometry.slice(c)) else { return Ok(false) };
+        Ok(match self.entry_of(frame, c)? {
+            L2Entry::Compressed(_) => true,
+            L2Entry::Data(a) | L2Entry::Sub { host: Some(a), .. } => !a.copied,
+            _ => false,
+        })
+    }
+
+    /// What the guest reads in a part of a cluster whose slice is in memory.
+    async fn read_visible(self: &Rc<Self>, range: std::ops::Range<u64>) -> Result<Vec<u8>, Errno> {
+        let mut bytes = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
+            let mut out = Extents::new();
+            if self.shared.lookup(Access::Read, at..range.end, &mut out) != Lookup::Hit {
+                return Err(Errno::EIO);
+            }
+            for e in out.as_slice() {
+                let (n, skip) = (e.len as usize, self.geometry.in_cluster(GuestOffset(at)) as usize);
+                let (result, part) = match (e.target, &self.below) {
+                    (Target::Data { off, .. }, _) => self.data_store().read(off, Buf::new(n)).await,
+                    (Target::Below { off, .. }, Some(below)) => below.read(off, Buf::new(n)).await,
+                    (Target::Encoded { cookie }, _) => {
+                        let cluster = self.unpacked(cookie).await?;
+                        (Ok(()), Buf::from_slice(&cluster[skip..skip + n]))
+                    }
+                    _ => (Ok(()), Buf::zeroed(n)),
+                };
+                result?;
+                bytes.extend_from_slice(&part);
+                at += e.len;
+            }
+        }
+        Ok(bytes)
     }
 
     /// Writes guest data up to the end of the disk through a claim, and zeros behind it.
