@@ -13,7 +13,7 @@ use std::process::{Command, Stdio};
 const QEMU_MAJOR: u32 = 9;
 
 /// A program and the Debian package that has it.
-const PROGRAMS: [(&str, &str); 12] = [
+const PROGRAMS: [(&str, &str); 15] = [
     ("qemu-img", "qemu-utils"),
     ("qemu-io", "qemu-utils"),
     ("qemu-nbd", "qemu-utils"),
@@ -22,9 +22,12 @@ const PROGRAMS: [(&str, &str); 12] = [
     ("nbdinfo", "libnbd-bin"),
     ("nbdcopy", "libnbd-bin"),
     ("nbdsh", "libnbd-bin"),
+    ("nbdfuse", "libnbd-bin"),
     ("nbdkit", "nbdkit"),
     ("mkfs.ext4", "e2fsprogs"),
     ("e2fsck", "e2fsprogs"),
+    ("losetup", "mount"),
+    ("strace", "strace"),
     ("python3", "python3"),
 ];
 
