@@ -114,6 +114,11 @@ impl Case {
         self
     }
 
+    /// Its data are in another file.
+    pub(super) fn external(&self) -> bool {
+        ["data/", "mutation-data-"].iter().any(|s| self.name.starts_with(s)) || self.name.contains("/data")
+    }
+
     /// To be traced.
     pub(super) fn traced(mut self) -> Case {
         self.traced = true;

@@ -109,7 +109,7 @@ fn case(name: &str, bytes: Vec<u8>) -> Case {
     if name.starts_with("backing/") || name.contains("-backing-") {
         case = case.with_data("base.raw", vec![0x42; 65536]).following("base.raw");
     }
-    if name.starts_with("data/") || name.contains("-data-") {
+    if case.external() {
         case = case.with_data("data.raw", vec![0x43; 65536]).following("data.raw");
     }
     case

@@ -98,7 +98,7 @@ fn taken(case: &Case, all: Vec<Step>) -> Vec<Step> {
 fn alone(case: &Case, image: &str, size: Option<u64>) -> String {
     let file = serde_json::json!({"driver": "file", "filename": image});
     let node = match (case.format, size) {
-        (Some("qcow2"), None) if case.name.contains("/data") => {
+        (Some("qcow2"), None) if case.external() => {
             let data = serde_json::json!({"driver": "null-co", "size": 4 << 20, "read-zeroes": true});
             serde_json::json!({"driver": "qcow2", "backing": null, "data-file": data, "file": file})
         }
@@ -213,7 +213,7 @@ fn one(
     if done.ended.peak > MEMORY {
         fault(seen, Wrong::Memory, step, format!("{} MiB", done.ended.peak >> 20));
     }
-    if trace && step.traced {
+    if trace && step.traced && !done.ended.late {
         if after != *before {
             *before = bench.lay(case)?;
         }
@@ -276,7 +276,7 @@ fn judge(
 
 /// Whether the case's image has its data in this file.
 fn data_is(path: &Path, case: &Case, bench: &Bench) -> bool {
-    case.name.contains("/data") && case.follows.iter().any(|f| path == resolved(f, bench))
+    case.external() && case.follows.iter().any(|f| path == resolved(f, bench))
 }
 
 fn resolved(path: &Path, bench: &Bench) -> PathBuf {
