@@ -96,7 +96,7 @@ impl Case {
         for (sector, bytes) in (0u64..).zip(below.chunks_mut(SECTOR as usize)) {
             // Some sectors of zeroes among them.
             if sector % 7 != 0 {
-                values[sector as usize] = (0x4241 << 48) | sector / 3;
+                values[sector as usize] = (0x4241 << 48) | (sector / 3);
                 model::fill(bytes, sector * SECTOR, values[sector as usize]);
             }
         }
@@ -313,7 +313,7 @@ impl Trial {
             let _ = std::fs::write(&kept, &image);
             return Err(format!("corrupt after a kill ({kept}): {}", report.explain()));
         }
-        if !report.dirty && self.tally.cycles % SAMPLE == 0 {
+        if !report.dirty && self.tally.cycles.is_multiple_of(SAMPLE) {
             self.tally.samples += 1;
             check_no_errors(&self.image);
         }

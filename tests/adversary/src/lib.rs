@@ -4,6 +4,7 @@
 pub mod args;
 pub mod kill9;
 pub mod linear;
+pub mod model;
 
 /// What a panic said.
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

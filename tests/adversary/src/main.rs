@@ -6,8 +6,11 @@ use std::process::ExitCode;
 /// One command: its arguments in, whether all was well out.
 type Command = fn(&[String]) -> bool;
 
-const COMMANDS: &[(&str, Command)] =
-    &[("linear", ringblock_adversary::linear::run), ("kill9", ringblock_adversary::kill9::run)];
+const COMMANDS: &[(&str, Command)] = &[
+    ("linear", ringblock_adversary::linear::run),
+    ("model", ringblock_adversary::model::run),
+    ("kill9", ringblock_adversary::kill9::run),
+];
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
