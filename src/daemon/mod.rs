@@ -330,6 +330,28 @@ mod tests {
         p.daemon.close().unwrap();
     }
 
+    /// Goal: a growth that is refused has not begun: version 2 cannot hide a longer backing file. Method: the image's bytes.
+    #[test]
+    fn a_refused_growth_changes_nothing() {
+        let p = Pipe::new();
+        let path = image("growth", None);
+        let mut old = std::fs::read(&path).unwrap();
+        // version 2 has a shorter header; the last cluster is not whole
+        old[4..8].copy_from_slice(&2u32.to_be_bytes());
+        old[24..32].copy_from_slice(&4096u64.to_be_bytes());
+        std::fs::write(&path, &old).unwrap();
+        let below = path.with_file_name("below");
+        std::fs::write(&below, vec![7; 1 << 20]).unwrap();
+        let file = json!({"driver": "file", "filename": path});
+        let node = json!({"driver": "qcow2", "node-name": "q", "file": file,
+                          "backing": {"driver": "file", "filename": below}});
+        assert_eq!(p.run("blockdev-add", node), json!({}));
+        let grown = p.run("block_resize", json!({"node-name": "q", "size": 1 << 20}));
+        assert!(grown.as_str().unwrap().contains("Operation not supported"), "{grown}");
+        p.daemon.close().unwrap();
+        assert!(std::fs::read(&path).unwrap() == old, "the image has changed");
+    }
+
     /// Goal: introspection covers every command. Method: names of both lists.
     #[test]
     fn schema_lists_all_commands() {

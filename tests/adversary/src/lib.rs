@@ -7,6 +7,7 @@ pub mod faults;
 pub mod images;
 pub mod kill9;
 pub mod linear;
+pub mod model;
 
 /// What a panic said.
 fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {

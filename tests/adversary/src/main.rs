@@ -12,6 +12,7 @@ const COMMANDS: &[(&str, Command)] = &[
     ("images", ringblock_adversary::images::run),
     ("kill9", ringblock_adversary::kill9::run),
     ("linear", ringblock_adversary::linear::run),
+    ("model", ringblock_adversary::model::run),
 ];
 
 fn main() -> ExitCode {

@@ -53,7 +53,7 @@ impl Image {
     }
 
     /// What a version 2 image cannot express.
-    fn check_version(&self, kind: Punch) -> Result<(), Errno> {
+    pub(super) fn check_version(&self, kind: Punch) -> Result<(), Errno> {
         let keeps = matches!(kind, Punch::Zero { unmap: false });
         if self.header.borrow().version < 3 && (keeps || self.something_below()) {
             return Err(Errno::ENOTSUP);

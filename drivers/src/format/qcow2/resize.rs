@@ -71,6 +71,11 @@ impl Image {
         if need * 8 > MAX_L1_BYTES {
             return Err(Error::new(Errno::EFBIG, "Failed to grow the L1 table: File too large"));
         }
+        // Told before anything has changed.
+        if !self.part_to_hide(old, size)?.is_empty() {
+            let hide = self.check_version(Punch::Zero { unmap: true });
+            hide.map_err(|e| Error::io(e, "Failed to hide the backing file behind the old end"))?;
+        }
         let io = |e: Errno| Error::io(e, "Failed to grow the L1 table");
         if need > self.l1.len() as u64 {
             self.grow_l1(need).await.map_err(io)?;
@@ -266,14 +271,20 @@ impl Image {
         }
     }
 
-    /// Where the new part of the disk lies over data of a longer backing file, that data must not appear.
-    async fn hide_below(self: &Rc<Self>, old: u64, size: u64) -> Result<(), Errno> {
-        let Some(below) = self.below.clone().filter(|_| self.shared.has_below()) else { return Ok(()) };
+    /// The new part of the disk that lies over a longer backing file, in whole subclusters.
+    fn part_to_hide(&self, old: u64, size: u64) -> Result<std::ops::Range<u64>, Errno> {
+        let Some(below) = self.below.clone().filter(|_| self.shared.has_below()) else { return Ok(0..0) };
         let g = self.geometry;
         let from = old.next_multiple_of(g.subcluster_size());
         let to = below.size()?.next_multiple_of(g.subcluster_size()).min(size);
-        if from < to && !mutant!("below-hidden") {
-            self.punch(from..to, Punch::Zero { unmap: true }).await
+        Ok(from..to)
+    }
+
+    /// What the backing file has there must not appear.
+    async fn hide_below(self: &Rc<Self>, old: u64, size: u64) -> Result<(), Errno> {
+        let part = self.part_to_hide(old, size)?;
+        if !part.is_empty() && !mutant!("below-hidden") {
+            self.punch(part, Punch::Zero { unmap: true }).await
         } else {
             Ok(())
         }
