@@ -254,12 +254,25 @@ pub fn size(fd: BorrowedFd<'_>, kind: FileKind) -> Result<u64, Errno> {
 pub fn stat(fd: BorrowedFd<'_>) -> Result<(FileKind, Identity), Errno> {
     let st = fstat(fd)?;
     let kind = match st.st_mode & libc::S_IFMT {
+        // reading one that the kernel makes up may wait for ever (/proc/kmsg), and none is an image
+        libc::S_IFREG if is_made_up(fd)? => FileKind::Other,
         libc::S_IFREG => FileKind::Regular,
         libc::S_IFBLK => FileKind::Block,
         libc::S_IFCHR => FileKind::Char,
         _ => FileKind::Other,
     };
     Ok((kind, Identity { dev: st.st_dev, ino: st.st_ino, rdev: st.st_rdev }))
+}
+
+/// Whether a file lies in one of the kernel's own file systems, which show its state as files.
+fn is_made_up(fd: BorrowedFd<'_>) -> Result<bool, Errno> {
+    const KINDS: [i64; 4] =
+        [libc::PROC_SUPER_MAGIC, libc::SYSFS_MAGIC, libc::DEBUGFS_MAGIC, libc::TRACEFS_MAGIC];
+    let mut fs = std::mem::MaybeUninit::<libc::statfs64>::uninit();
+    // SAFETY: fstatfs writes a whole statfs64 through the pointer when it succeeds; the buffer lives across the call.
+    retry(|| unsafe { libc::fstatfs64(fd.as_raw_fd(), fs.as_mut_ptr()) })?;
+    // SAFETY: the call succeeded, so the kernel filled the structure.
+    Ok(KINDS.contains(&unsafe { fs.assume_init() }.f_type))
 }
 
 fn fstat(fd: BorrowedFd<'_>) -> Result<libc::stat64, Errno> {
@@ -364,6 +377,9 @@ mod tests {
         );
         let zero = Path::new("/dev/zero");
         assert_eq!(text(zero, RW), "'file' driver requires '/dev/zero' to be a regular file");
+        let proc = Path::new("/proc/version");
+        let any = OpenOptions { expect: Expect::Any, access: Access::ReadOnly, ..RW };
+        assert_eq!(text(proc, any), "'file' driver requires '/proc/version' to be a regular file");
         let dev = OpenOptions { expect: Expect::Device, ..RW };
         let f = t.file("f", 512);
         assert!(text(&f, dev).ends_with("to be either a character or block device"));
