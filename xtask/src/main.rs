@@ -1,7 +1,7 @@
 //! Development tasks, run as `cargo xtask TASK`.
 //!
 //! ```text
-//!   test ─► tools: present? install? ─► release build ─► cargo test ─► loom ─► address sanitizer ─► proof ─► summary
+//!   test ─► tools: present? install? ─► build ─► cargo test ─► loom ─► address sanitizer ─► proof ─► summary
 //!   prove, crash, adversary, fuzz ─► the adversaries of VERIFICATION.md, all or one
 //! ```
 //!

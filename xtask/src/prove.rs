@@ -107,9 +107,8 @@ pub(crate) fn all(long: bool, wanted: &[&str]) -> ExitCode {
     }
 }
 
-/// The step of `cargo xtask test`.
+/// The step of `cargo xtask test`, whose step `build` has built the programs.
 pub(crate) fn step(places: &Places) -> Result<Counts, String> {
-    build(places)?;
     run(places, false, &[])
 }
 

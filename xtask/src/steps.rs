@@ -126,15 +126,14 @@ fn tools(places: &Places) -> Result<Counts, String> {
     install::all(places).map(|()| Counts::default())
 }
 
+/// The programs, optimised and with all assertions: what the end-to-end tests run, and the proofs.
 fn build(places: &Places) -> Result<Counts, String> {
-    let mut command = places.cargo("build --locked --release --package ringblock");
-    let status = command.status().map_err(|e| format!("cargo build: {e}"))?;
-    if status.success() { Ok(Counts::default()) } else { Err(format!("cargo build: {status}")) }
+    crate::prove::build(places).map(|()| Counts::default())
 }
 
 fn tests(places: &Places) -> Result<Counts, String> {
     let mut command = places.cargo("test --locked --workspace --no-fail-fast");
-    command.env("RINGBLOCK_BIN", places.target.join("release/ringblock"));
+    command.env("RINGBLOCK_BIN", places.target.join("proof/ringblock"));
     command.env("RINGBLOCK_PYTHON", install::venv_python(places));
     watch(command)
 }
