@@ -127,9 +127,14 @@ pub(super) async fn run(file: &dyn Store, fix: Repair) -> Result<CheckReport, Er
         first.compare_copied().await?;
         return Ok(first.report);
     }
-    if first.unknown {
+    let refuse = match () {
+        () if first.unknown => Some("a table could not be read"),
+        () if first.is_tangled() => Some("something lies in the header or in the L1 table"),
+        () => None,
+    };
+    if let Some(why) = refuse {
         first.report.check_errors += 1;
-        first.report.say("ERROR a table could not be read: nothing is repaired".to_owned());
+        first.report.say(format!("ERROR {why}: nothing is repaired"));
         return Ok(first.report);
     }
     if fix == Repair::Leaks && first.missing {
@@ -239,6 +244,15 @@ impl<'a> Check<'a> {
         self.count(h.reftable_offset.0, u64::from(h.reftable_clusters) << self.g.cluster_bits);
         self.count_refblocks();
         Ok(())
+    }
+
+    /// Whether something else uses the clusters of the header or of the L1 table: repairing one would damage the other.
+    fn is_tangled(&self) -> bool {
+        let bits = self.g.cluster_bits;
+        let l1 = self.header.l1_offset.0 >> bits;
+        let clusters = self.g.clusters_for(self.l1.len() as u64 * 8);
+        let shared = |c: u64| self.refs.0.get(c as usize).is_some_and(|&n| n > 1);
+        shared(0) || (l1..l1.saturating_add(clusters)).any(shared)
     }
 
     /// Adds one reference to each cluster of a byte range.
