@@ -30,6 +30,13 @@ pub(super) struct Forged {
     pub(super) features: u64,
 }
 
+impl Forged {
+    /// Whether there is a bitmap, whatever became of it.
+    pub(super) fn has_bitmaps(&self) -> bool {
+        self.features >> 5 & 1 != 0
+    }
+}
+
 /// What the image is like.
 #[derive(Clone, Copy, Debug)]
 struct Kind {
@@ -65,7 +72,7 @@ impl Kind {
             lazy: v3 && flags & 256 != 0,
             dirty: v3 && flags & 1536 == 1536,
             // guest offsets are offsets of the data file, which is to stay small
-            tables: if extended && data_file { 1 } else { 1 + c.below(3) },
+            tables: if data_file { 1 } else { 1 + c.below(3) },
             snapshots: if order >= 3 && !data_file && flags & 2048 != 0 { 1 + c.below(2) } else { 0 },
             bitmaps: v3 && !data_file && flags & 4096 != 0,
         }

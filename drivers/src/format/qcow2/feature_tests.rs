@@ -65,6 +65,24 @@ fn tails_that_cannot_be_cleared_in_place() {
     }
 }
 
+/// Goal: an image that is refused for its bitmaps is not changed. Method: a feature bit that a writable open takes away, and a
+/// directory whose entry has a name that is too long.
+#[test]
+fn refused_for_its_bitmaps() {
+    let (engine, dir) = (start(1), Scratch::new());
+    qemu_img(&dir, &["create", "-q", "-f", "qcow2", "a.qcow2", "1M"]);
+    qemu_img(&dir, &["bitmap", "--add", "a.qcow2", "b"]);
+    let mut bytes = std::fs::read(dir.path("a.qcow2")).unwrap();
+    let header = super::header::Header::parse(&bytes[..65536]).unwrap();
+    let directory = header.extensions.bitmaps.unwrap().directory_offset.0 as usize;
+    bytes[88] |= 0x40;
+    bytes[directory + 18] = 0xff;
+    std::fs::write(dir.path("a.qcow2"), &bytes).unwrap();
+    let refused = attach(&engine, json(&dir, "a.qcow2", json!({})), true).unwrap_err();
+    assert!(refused.message.contains("Broken bitmap directory"), "{refused}");
+    assert!(std::fs::read(dir.path("a.qcow2")).unwrap() == bytes);
+}
+
 /// Half noise, half pattern.
 fn data(len: u64, seed: u64) -> Vec<u8> {
     let mut random = Random::new(seed);

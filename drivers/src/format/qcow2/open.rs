@@ -203,6 +203,10 @@ pub(super) async fn read_snapshots(file: &dyn Store, header: &Header) -> Result<
 /// that it does not keep are marked as in use, so that nobody trusts them afterwards.
 async fn prepare_for_writing(file: &dyn Store, header: &mut Header) -> Result<(), Error> {
     let io = |e: Errno| Error::io(e, "Could not update qcow2 header");
+    if let Some(b) = header.extensions.bitmaps {
+        // an image that is refused for its bitmaps stays as it is
+        super::bitmaps::read(file, &b, header).await?;
+    }
     if header.autoclear & !autoclear::KNOWN != 0 && !mutant!("autoclear-first") {
         header.autoclear &= autoclear::KNOWN;
         let bytes = header.serialise()?;
