@@ -20,7 +20,6 @@ use ringblock_engine::mutant;
 use ringblock_engine::units::{GuestOffset, HostOffset};
 use ringblock_engine::{Errno, Error};
 
-use super::compress::unpack;
 use super::entry::{Allocation, L2Entry, OFFSET_MASK};
 use super::geometry::{GuestCluster, HostCluster, L1Index, MAX_L1_BYTES};
 use super::index::Place;
@@ -290,17 +289,13 @@ impl Image {
         }
     }
 
-    /// Zeros the part of a cluster behind the old end of the disk.
+    /// Zeros the part of a cluster behind the old end of the disk, where it may be written in place.
     async fn clear_tail(self: &Rc<Self>, c: GuestCluster, old: u64) -> Result<(), Errno> {
         let g = self.geometry;
         self.fault(g.slice(c)).await?;
         let Place::Frame(frame) = self.shared.place(g.slice(c)) else { return Ok(()) };
-        let entry = self.entry_of(frame, c)?;
-        let a = match entry {
+        let a = match self.entry_of(frame, c)? {
             L2Entry::Data(a) | L2Entry::Sub { host: Some(a), .. } if a.copied => a,
-            L2Entry::Compressed(_) | L2Entry::Data(_) | L2Entry::Sub { host: Some(_), .. } => {
-                return self.renew(c, entry, old).await;
-            }
             _ => return Ok(()),
         };
         let Allocation { host, .. } = a;
@@ -313,40 +308,6 @@ impl Image {
             return Ok(());
         }
         store.write(at.0, Buf::zeroed(len as usize)).await
-    }
-
-    /// Moves a cluster that must not be changed where it is (it is compressed, or a snapshot's as well) to a place of its own:
-    /// what the disk has of it up to its old end, and zeros behind that.
-    async fn renew(self: &Rc<Self>, c: GuestCluster, entry: L2Entry, old: u64) -> Result<(), Errno> {
-        let g = self.geometry;
-        let start = g.guest_offset(c).0;
-        let mut cluster = Buf::zeroed(g.cluster_size() as usize);
-        match entry {
-            L2Entry::Compressed(p) => {
-                let (result, packed) = self.file.read(p.at.0, Buf::new(p.len as usize)).await;
-                result?;
-                let kind = self.header.borrow().compression;
-                unpack(kind, &packed, &mut cluster)?;
-            }
-            L2Entry::Data(a) => {
-                let result;
-                (result, cluster) = self.data_store().read(a.host.0, cluster).await;
-                result?;
-            }
-            L2Entry::Sub { host: Some(a), allocated, zero } => {
-                let size = g.subcluster_size();
-                for (i, part) in cluster.chunks_mut(size as usize).enumerate() {
-                    let at = i as u64 * size;
-                    if allocated >> i & 1 != 0 {
-                        read_into(&**self.data_store(), a.host.0 + at, part).await?;
-                    } else if let Some(below) = self.below.as_ref().filter(|_| zero >> i & 1 == 0) {
-                        read_into(&**below, start + at, part).await?;
-                    }
-                }
-            }
-            _ => return Ok(()),
-        }
-        self.store_zero_padded(start, &cluster[..(old - start) as usize]).await
     }
 
     async fn shrink(self: &Rc<Self>, old: u64, size: u64) -> Result<(), Errno> {
@@ -466,11 +427,4 @@ impl Image {
         }
         Ok(())
     }
-}
-
-async fn read_into(from: &dyn Store, at: u64, part: &mut [u8]) -> Result<(), Errno> {
-    let (result, bytes) = from.read(at, Buf::new(part.len())).await;
-    result?;
-    part.copy_from_slice(&bytes);
-    Ok(())
 }
