@@ -325,21 +325,18 @@ fn flags_of_an_external_data_file() {
     assert_eq!(peer(&dir, &fixed).0, 0);
 }
 
-/// Goal: where tables lie in the header or in the L1 table nobody can tell what is in use, so nothing is given away. Method: the
-/// L1 table's offset is that of the header, then that of the refcount table; a repair leaves every byte.
+/// Goal: where the L1 table lies in the header nobody can tell what is in use, so nothing is given away. Method: its offset is
+/// that of the header; a repair leaves every byte. (Refcount structures may lie anywhere: they are built anew.)
 #[test]
 fn tangled_images_are_not_repaired() {
     let dir = Scratch::new();
     let good = sample(&dir, "cluster_size=4k");
-    let reftable: [u8; 8] = good[48..56].try_into().unwrap();
-    for at in [[0; 8], reftable] {
-        let mut bytes = good.clone();
-        bytes[40..48].copy_from_slice(&at);
-        for fix in [Repair::Leaks, Repair::All] {
-            let (report, after) = ours(bytes.clone(), fix);
-            assert!(after == bytes, "{fix:?} {at:?}: {report:?}");
-            assert!(report.is_ok_and(|r| r.check_errors > 0 && !r.is_clean()));
-        }
+    let mut bytes = good.clone();
+    bytes[40..48].fill(0);
+    for fix in [Repair::Leaks, Repair::All] {
+        let (report, after) = ours(bytes.clone(), fix);
+        assert!(after == bytes, "{fix:?}: {report:?}");
+        assert!(report.is_ok_and(|r| r.check_errors > 0 && !r.is_clean()));
     }
 }
 
