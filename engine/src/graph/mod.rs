@@ -216,8 +216,12 @@ impl Graph {
             };
             (n.driver.clone(), n.home, n.has_owner, n.name.clone())
         };
+        // What is written back now must not wait for limits below.
+        let exempt = self.state.borrow().members_from(id);
+        exempt.iter().for_each(|m| m.exempt(true));
         let result = if has_owner { close_owner(id, home).await } else { Ok(()) };
         driver.close().await;
+        exempt.iter().for_each(|m| m.exempt(false));
         self.state.borrow_mut().nodes.remove(&id);
         result.map_err(|e| Error::io(e, format!("Closing node '{name}' failed")))
     }
@@ -457,8 +461,17 @@ impl State {
     fn members_below(&self, roots: &[RootId]) -> Vec<Arc<Member>> {
         let below =
             |id: NodeId| roots.iter().any(|r| self.roots.get(r).is_some_and(|r| self.reaches(r.node, id)));
+        self.members(below)
+    }
+
+    /// The members of a node and of those below it.
+    fn members_from(&self, top: NodeId) -> Vec<Arc<Member>> {
+        self.members(|id| self.reaches(top, id))
+    }
+
+    fn members(&self, of: impl Fn(NodeId) -> bool) -> Vec<Arc<Member>> {
         let members = self.nodes.iter().filter_map(|(id, n)| Some((*id, n.driver.throttle()?)));
-        members.filter(|(id, _)| below(*id)).map(|(_, m)| m).collect()
+        members.filter(|(id, _)| of(*id)).map(|(_, m)| m).collect()
     }
 
     fn limits_of(&self, root: RootId) -> SmallVec<[Arc<Member>; 1]> {
