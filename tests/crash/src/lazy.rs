@@ -184,9 +184,6 @@ impl Bench<'_> {
     }
 }
 
-/// Bytes of a header.
-const HEADER: usize = 104;
-
 /// Counters as they were at the beginning, in some sectors: a lazy writer has not written them since.
 fn lag(subject: &mut Subject, old: &[u8], rng: &mut Rng) {
     let Some(layout) = Layout::of(&subject.of_image()) else { return };
@@ -237,6 +234,10 @@ fn trial(cases: &[Case], args: &Args, number: u64) -> Figures {
         return bench.figures;
     }
     let mut plan = plan(cases, rng.below(1 << 20), rng.next());
+    if plan.work == Work::Create {
+        // there is no image yet that could be dirty
+        return bench.figures;
+    }
     if let Work::Short(_) = plan.work {
         plan.case.options.lazy_refcounts = true;
     }
@@ -247,10 +248,8 @@ fn trial(cases: &[Case], args: &Args, number: u64) -> Figures {
             return bench.figures;
         }
     };
-    // a run that creates its image begins without one: nothing there can be dirty, or lag behind
-    let Some((_, before)) = recording.files.first().filter(|(_, image)| image.len() > HEADER) else {
-        return bench.figures;
-    };
+    let of_image = |f: &&(std::path::PathBuf, Vec<u8>)| f.0 == recording.roles.image;
+    let before = recording.files.iter().find(of_image).map_or(&[][..], |f| &f.1);
     let mut own = rng.fork();
     random_states(&recording, &mut rng, STATES, |state| {
         let mut subject = Subject::of_state(&plan.case, state);

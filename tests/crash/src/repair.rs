@@ -133,11 +133,10 @@ fn no_worse(was: &Report, is: &Report) -> Result<(), String> {
     if is.refused {
         return Err("refused".into());
     }
-    let flags = |k: Kind| matches!(k, Kind::CopiedL1 | Kind::CopiedL2);
+    // only the first findings are kept, so what is said of kinds holds for those
+    let too_few = |r: &Report| r.findings.iter().any(|f| f.kind == Kind::TooFewRefs);
     let worse = match is.version {
-        2 => is.findings.iter().any(|f| {
-            !flags(f.kind) && f.kind != Kind::Leak && !was.findings.iter().any(|w| w.kind == f.kind)
-        }),
+        2 => is.damages > was.damages || too_few(is) && !too_few(was),
         _ if is.dirty => false,
         _ => is.corruptions + is.check_errors > was.corruptions + was.check_errors,
     };

@@ -119,7 +119,7 @@ pub(super) struct Check<'a> {
     pub(super) l1: Vec<u64>,
     pub(super) reftable: Vec<u64>,
     /// Where its entries point to, whatever is wrong with them: refcounts are read from there.
-    named: Vec<u64>,
+    pub(super) named: Vec<u64>,
     /// The refcounts as they are stored.
     pub(super) stored: Vec<u64>,
     /// A cluster in use has no refcount at all, or the refcount structure itself is damaged: it has to be built anew.

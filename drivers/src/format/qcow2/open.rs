@@ -157,6 +157,10 @@ fn refuse_unusable(header: &Header, read_only: bool) -> Result<(), Error> {
     if header.reftable_clusters == 0 {
         return Err(Error::invalid("Image does not contain a reference count table"));
     }
+    let first = 1 << header.cluster_bits;
+    if header.reftable_offset.0 < first && !read_only && !header.has(incompatible::DIRTY) {
+        return Err(Error::invalid("The reference count table lies in the header"));
+    }
     Ok(())
 }
 

@@ -161,12 +161,21 @@ fn give_up(check: &mut Check<'_>) -> Vec<u64> {
     freed
 }
 
+/// The first cluster behind everything. Entries of the old table that point behind the end of the file count too: until the
+/// header names the new table, a block written there would be taken for theirs.
+fn behind_all(check: &Check<'_>) -> u64 {
+    let end = check.refs.0.len() as u64;
+    let near = end..2 * end + 4096;
+    let named = check.named.iter().map(|at| at >> check.g.cluster_bits).filter(|c| near.contains(c));
+    named.max().map_or(end, |c| c + 1)
+}
+
 /// Writes new blocks and a new table behind everything, and makes the header name them.
 async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
     let g = check.g;
     let order = g.refcount_order;
     let refs = &check.refs.0;
-    let end = refs.len() as u64;
+    let end = behind_all(check);
     let used = |b: u64| {
         (b * g.refblock_entries()..(b + 1) * g.refblock_entries())
             .any(|c| refs.get(c as usize).is_some_and(|&n| n > 0))
@@ -191,7 +200,8 @@ async fn rebuild(check: &mut Check<'_>) -> Result<(), Error> {
         let mut block = Buf::zeroed(g.cluster_size() as usize);
         for i in 0..per {
             let c = b * per + i;
-            let n = if c < end { u64::from(refs[c as usize]) } else { u64::from(c < table_at + table) };
+            let ours = (end..table_at + table).contains(&c);
+            let n = refs.get(c as usize).map_or(u64::from(ours), |&n| u64::from(n));
             if n > 0 && !refcount::set(&mut block, order, InBlock(i), n) {
                 return Err(Error::invalid(format!("Cluster {c} has too many references for its refcount")));
             }
