@@ -146,7 +146,9 @@ pub fn qcow2(file: BlockdevRef) -> BlockdevOptionsQcow2 {
 pub async fn probe_path(path: &Path) -> Result<&'static str, Error> {
     let opts = OpenOptions { expect: Expect::Any, access: Access::ReadOnly, direct: false };
     let file = File::open(path, opts).await?;
-    let (done, head) = file.read(0, Buf::new(probe::HEAD)).await;
+    // no more than it says it has: some devices (/dev/kmsg) have nothing, and a read of it waits
+    let len = file.size().await.map_or(0, |n| n.min(probe::HEAD as u64));
+    let (done, head) = file.read(0, Buf::new(len as usize)).await;
     done.map_err(|e| {
         Error::io(e, format!("Could not read image '{}' for determining its format", path.display()))
     })?;
