@@ -135,10 +135,12 @@ fn no_worse(was: &Report, is: &Report) -> Result<(), String> {
     }
     // only the first findings are kept, so what is said of kinds holds for those
     let too_few = |r: &Report| r.findings.iter().any(|f| f.kind == Kind::TooFewRefs);
+    let more = |r: &Report| r.corruptions + r.check_errors > was.corruptions + was.check_errors;
     let worse = match is.version {
-        2 => is.damages > was.damages || too_few(is) && !too_few(was),
+        // a longer file shows more of what was wrong before, and less is wrong with it
+        2 => more(is) && (is.damages > was.damages || too_few(is) && !too_few(was)),
         _ if is.dirty => false,
-        _ => is.corruptions + is.check_errors > was.corruptions + was.check_errors,
+        _ => more(is),
     };
     match worse {
         true => {
