@@ -148,6 +148,9 @@ pub async fn probe_path(path: &Path) -> Result<&'static str, Error> {
     let file = File::open(path, opts).await?;
     // no more than it says it has: some devices (/dev/kmsg) have nothing, and a read of it waits
     let len = file.size().await.map_or(0, |n| n.min(probe::HEAD as u64));
+    if len == 0 {
+        return Ok(probe::probe(&[]));
+    }
     let (done, head) = file.read(0, Buf::new(len as usize)).await;
     done.map_err(|e| {
         Error::io(e, format!("Could not read image '{}' for determining its format", path.display()))

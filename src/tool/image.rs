@@ -325,7 +325,11 @@ async fn head(mut options: BlockdevOptions, len: u64) -> Result<Vec<u8>, Error> 
     options.base.node_name = None;
     let image = attach("", options, How::default(), access).await?;
     let len = image.size.min(len) as usize;
-    let (done, buf) = image.root.read(0, Buf::new(len)).await;
+    let (done, buf) = match len {
+        // even that may wait on a device that has nothing
+        0 => (Ok(()), Buf::new(0)),
+        _ => image.root.read(0, Buf::new(len)).await,
+    };
     image.close().await?;
     done.map_err(|e| Error::io(e, "Could not read image for determining its format"))?;
     Ok(buf.to_vec())
