@@ -108,7 +108,7 @@ impl Session {
         Ok(())
     }
 
-    /// A name in the folder of this session.
+    /// A name in the run's folder.
     fn real(&self, text: &str) -> String {
         text.replace(HERE, &self.dir.file(""))
     }
